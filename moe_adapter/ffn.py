@@ -1,0 +1,165 @@
+"""What a dense feed-forward block looks like, read off its structure rather than off its model's name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_adapter.errors import MoEAdapterError
+
+# Hints, for what structure alone leaves open. Everything else follows from shapes.
+GATE_HINTS = ("gate", "wi_0", "w_0", "w1")  # which of two equal maps is the activated one
+DOWN_HINTS = (
+    "down",
+    "wo",
+    "w_out",
+    "w2",
+    "c_proj",
+    "fc2",
+    "out",
+    "4h_to_h",
+)  # the last map, where widths are equal
+ACTIVATION_HINTS = ("act", "gelu", "silu", "relu", "nonlin")  # attribute that holds the activation
+CONFIG_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "ff_activation")
+RESIDUAL_ARGUMENT = "residual"  # an FFN with this argument adds it to its output (Bloom, MPT)
+
+
+class NotAnFFN(MoEAdapterError):
+    """The module is no feed-forward block that experts could mirror; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward:
+    """A host FFN D → F → D: its widths, its maps and its activation.
+
+    `gate` is None for an ungated FFN; `gate == up` for one map that yields gate and up, gate first.
+    """
+
+    hidden: int
+    intermediate: int
+    gate: str | None
+    up: str
+    down: str
+    bias: bool
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    residual: str | None
+
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None
+
+
+def describe(module: nn.Module, config: Any = None) -> FeedForward:
+    """Read an FFN's structure; `config` (a model's) names the activation where the module doesn't hold it.
+
+    Raises:
+        NotAnFFN: the module's linear maps don't form D → F → D, or it holds other parameters.
+    """
+    maps = {name: child for name, child in _outermost(module) if is_linear(child)}
+    if not 2 <= len(maps) <= 3:
+        raise NotAnFFN(f"it holds {len(maps)} linear maps; an FFN has two (up, down) or three (gate, up, down)")
+    activation = _activation(module, config, gated=len(maps) == 3)
+    _check_nothing_else(module, maps, activation)
+    gate, up, down = _roles(maps)
+    (hidden, width), (intermediate, _) = in_out(maps[up]), in_out(maps[down])
+    if gate is None and width == 2 * intermediate:
+        gate = up
+    return FeedForward(
+        hidden=hidden,
+        intermediate=intermediate,
+        gate=gate,
+        up=up,
+        down=down,
+        bias=any(getattr(child, "bias", None) is not None for child in maps.values()),
+        activation=activation,
+        residual=RESIDUAL_ARGUMENT if RESIDUAL_ARGUMENT in inspect.signature(module.forward).parameters else None,
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is one linear map: nn.Linear, its quantised and LoRA kin, or transformers' Conv1D."""
+    return (hasattr(module, "in_features") and hasattr(module, "out_features")) or _is_conv1d(module)
+
+
+def in_out(module: nn.Module) -> tuple[int, int]:
+    """(input width, output width) of a linear map."""
+    if _is_conv1d(module):
+        return module.weight.shape[0], module.weight.shape[1]  # pyright: ignore
+    return int(module.in_features), int(module.out_features)  # pyright: ignore
+
+
+def weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A linear map's weight as (out, in), whatever its layout, and its bias."""
+    weight = module.weight.T if _is_conv1d(module) else module.weight
+    return weight, getattr(module, "bias", None)  # pyright: ignore
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _outermost(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every descendant, without descending into linear maps (a LoRA layer holds further ones)."""
+    for name, child in module.named_children():
+        yield prefix + name, child
+        if not is_linear(child):
+            yield from _outermost(child, f"{prefix}{name}.")
+
+
+def _roles(maps: dict[str, nn.Module]) -> tuple[str | None, str, str]:
+    """(gate, up, down) among two or three linear maps. Raises NotAnFFN when their widths don't fit."""
+    shapes = ", ".join(f"{name} {'→'.join(map(str, in_out(child)))}" for name, child in maps.items())
+    # by name first, then the one registered last: matters only where D = F fits several ways
+    for down in sorted(maps, key=lambda name: (_hinted(name, DOWN_HINTS), list(maps).index(name)), reverse=True):
+        width, hidden = in_out(maps[down])
+        ups = [name for name in maps if name != down]
+        if len(ups) == 1 and in_out(maps[ups[0]]) in ((hidden, width), (hidden, 2 * width)):
+            return None, ups[0], down
+        if len(ups) == 2 and all(in_out(maps[name]) == (hidden, width) for name in ups):
+            gate, up = sorted(ups, key=lambda name: not _hinted(name, GATE_HINTS))
+            return gate, up, down
+    raise NotAnFFN(f"its linear maps ({shapes}) do not go D → F → D")
+
+
+def _hinted(name: str, hints: tuple[str, ...]) -> bool:
+    return any(hint in name.rsplit(".", 1)[-1].lower() for hint in hints)
+
+
+def _check_nothing_else(module: nn.Module, maps: dict[str, nn.Module], activation: Any) -> None:
+    covered = {id(parameter) for child in maps.values() for parameter in child.parameters()}
+    if isinstance(activation, nn.Module):
+        covered |= {id(parameter) for parameter in activation.parameters()}
+    others = [name for name, parameter in module.named_parameters() if id(parameter) not in covered]
+    if others:
+        raise NotAnFFN(f"beside its linear maps it holds {', '.join(others[:3])}")
+
+
+def _activation(module: nn.Module, config: Any, *, gated: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation that the module holds, else the one its config names, else SiLU (gated) or GELU."""
+    for name, child in [*_outermost(module), *vars(module).items()]:
+        if _hinted(name, ACTIVATION_HINTS) and callable(child) and not _has_linear(child):
+            return child
+    for child in module.modules():
+        if type(child).__module__ == nn.modules.activation.__name__:
+            return child
+    for name in CONFIG_ACTIVATIONS:
+        value = getattr(config, name, None)
+        if isinstance(value, str) and (found := _by_name(value)):
+            return found
+    return nn.SiLU() if gated else nn.GELU()
+
+
+def _has_linear(child: Any) -> bool:
+    return isinstance(child, nn.Module) and any(is_linear(part) for part in child.modules())
+
+
+def _by_name(name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    tanh = {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh"}
+    if name in tanh:
+        return nn.GELU(approximate="tanh")
+    return getattr(nn.functional, {"swish": "silu"}.get(name, name), None)

@@ -1,0 +1,142 @@
+"""Equation (3): the dual-path layer that stands where the host's FFN stood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_adapter.config import DualPathConfig, resolve_dim
+from moe_adapter.experts import Experts, SharedExpert
+from moe_adapter.ffn import FeedForward
+from moe_adapter.losses import RouterCall
+from moe_adapter.precision import KeepsFloat32, compute_dtype
+from moe_adapter.router import Router
+from moe_adapter.routing import RoutingLog
+
+
+class DualPathMoE(KeepsFloat32):
+    """Y = α·FFN(X) + (1 − α)·[λ·S(X) + Σ_{i ∈ top-k} g_i(X)·E_i(X)], equation (3).
+
+    `static_expert` is the host's own FFN module; it is called as it always was, with all its arguments. A path that
+    the config leaves out is None. `alpha_logit` and `lam_logit` have shape (1,) and stay float32. With
+    mixing="token" (the authors' released code) `coefficient` (D → 2; 0 the MoE, 1 the FFN) and `shared_expert_gate`
+    (D → 1) take the place of the two scalars.
+    """
+
+    def __init__(self, static_expert: nn.Module, ffn: FeedForward, config: DualPathConfig, *, device, dtype):
+        super().__init__()
+        self.static_expert = static_expert
+        self.ffn = ffn
+        self.config = config
+        self.static_scale = 1.0 / config.alpha_init if config.preserve_base else 1.0
+        self.static_only = False
+        self.routing = RoutingLog()
+        self.shared_expert = self.router = self.experts = None
+        if config.shared_expert_dim:
+            width = resolve_dim(config.shared_expert_dim, ffn.intermediate)
+            self.shared_expert = SharedExpert(ffn, width, device=device, dtype=dtype)
+        if config.num_experts:
+            width = resolve_dim(config.expert_dim, ffn.intermediate)
+            sizes = (ffn.hidden, config.num_experts, config.top_k)
+            self.router = Router(*sizes, softmax=config.router_softmax, device=device)
+            self.experts = Experts(ffn, config.num_experts, width, backend=config.backend, device=device, dtype=dtype)
+        self._add_mixing(device, dtype)
+
+    def _add_mixing(self, device, dtype) -> None:
+        self.alpha_logit = self.lam_logit = self.coefficient = self.shared_expert_gate = None
+        hidden, shared = self.ffn.hidden, self.shared_expert is not None
+        if self.config.mixing == "token":
+            self.coefficient = nn.Linear(hidden, 2, device=device, dtype=dtype)
+            self.shared_expert_gate = nn.Linear(hidden, 1, bias=False, device=device, dtype=dtype) if shared else None
+            return
+        self.alpha_logit = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
+        self.lam_logit = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32)) if shared else None
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        """α = sigmoid(alpha_logit), shape (1,), in (0, 1): the static path's share."""
+        return torch.sigmoid(self.alpha_logit)  # pyright: ignore
+
+    @property
+    def lam(self) -> torch.Tensor:
+        """λ = sigmoid(lam_logit), shape (1,), in (0, 1): the shared expert's weight."""
+        return torch.sigmoid(self.lam_logit)  # pyright: ignore
+
+    def new_parameters(self) -> dict[str, nn.Parameter]:
+        """What the surgery added to the host, by name within the layer."""
+        return {name: parameter for name, parameter in self.named_parameters() if not name.startswith("static_expert.")}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Equation (3) on the FFN's first argument X (…, D); other arguments and outputs pass through."""
+        if self.static_only:
+            return self.static_expert(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        static, residual, rest = self._static_path(args, kwargs)
+        y = self._mix(x, static)
+        if residual is not None:
+            y = y + residual
+        return y if rest is None else (y, *rest)
+
+    def _static_path(self, args, kwargs) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None]:
+        """FFN(X), the residual that the FFN would add itself, and what it returns beside its output."""
+        residual = None
+        if self.ffn.residual is not None:
+            args, kwargs, residual = self._without_residual(args, kwargs)
+        out = self.static_expert(*args, **kwargs)
+        if isinstance(out, tuple):
+            return out[0], residual, out[1:]
+        return out, residual, None
+
+    def _without_residual(self, args, kwargs):
+        """An FFN that adds its residual is given zeros, so that α scales FFN(X) alone."""
+        name = self.ffn.residual
+        if name in kwargs:
+            residual = kwargs[name]
+            return args, {**kwargs, name: torch.zeros_like(residual)}, residual
+        residual = args[1]
+        return (args[0], torch.zeros_like(residual), *args[2:]), kwargs, residual
+
+    def _mix(self, x: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
+        """The sum of equation (3), scalars and all in float32, in the dtype of the static path."""
+        dtype = compute_dtype(x)
+        moe = self._moe(x, dtype)
+        static_share, moe_share = self._shares(x, dtype)
+        return (static_share * static.to(dtype) + moe_share * moe).to(static.dtype)
+
+    def _shares(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(α·static_scale, 1 − α), or the released code's per-token coefficients."""
+        if self.coefficient is not None:
+            share = self.coefficient(x).to(dtype).softmax(dim=-1)
+            return share[..., 1:] * self.static_scale, share[..., :1]
+        alpha = torch.sigmoid(self.alpha_logit.to(dtype))  # pyright: ignore
+        return alpha * self.static_scale, 1 - alpha
+
+    def _moe(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """λ·S(X) + Σ_i g_i(X)·E_i(X), shape of X."""
+        if self.shared_expert is None:
+            return self._routed(x).to(dtype)
+        shared = self.shared_expert(x.to(self._expert_dtype(x))).to(dtype) * self._shared_share(x, dtype)
+        return shared if self.experts is None else shared + self._routed(x).to(dtype)
+
+    def _shared_share(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.shared_expert_gate is not None:
+            return torch.sigmoid(self.shared_expert_gate(x).to(dtype))
+        return torch.sigmoid(self.lam_logit.to(dtype))  # pyright: ignore
+
+    def _routed(self, x: torch.Tensor) -> torch.Tensor:
+        x_TD = x.reshape(-1, x.shape[-1])
+        logits_TE, weights_TK, index_TK = self.router(x_TD)  # pyright: ignore
+        y_TD = self.experts(x_TD.to(self._expert_dtype(x)), index_TK, weights_TK)  # pyright: ignore
+        return self.routing.record(RouterCall(logits_TE, index_TK, None), y_TD, x.shape[:-1]).view(x.shape)
+
+    def _expert_dtype(self, x: torch.Tensor) -> torch.dtype:
+        """Autocast casts by itself; otherwise X meets the experts in their dtype, as over a quantised base."""
+        if torch.is_autocast_enabled(x.device.type):
+            return x.dtype
+        first = self.experts.down_proj if self.experts is not None else self.shared_expert.down_proj.weight  # pyright: ignore
+        return first.dtype
+
+    def extra_repr(self) -> str:
+        return f"static_scale={self.static_scale:g}, mixing={self.config.mixing!r}"
