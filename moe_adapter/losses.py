@@ -37,6 +37,8 @@ def mean_probability(calls: Sequence[RouterCall], tokens: int | torch.Tensor) ->
     """Equation (7): G_e = (1/|B|)·Σ_t softmax(f(t))_e over all E experts, shape (E,); |B| is `tokens`."""
     total_E: Any = 0
     for logits_TE, _, mask_T in calls:
+        if mask_T is not None:  # padding may hold NaN, whose gradient a product with 0 would keep
+            logits_TE = logits_TE.masked_fill(~mask_T[:, None], 0.0)
         probability_TE = logits_TE.softmax(dim=-1)
         total_E = total_E + (probability_TE if mask_T is None else probability_TE * mask_T[:, None]).sum(dim=0)
     return total_E / tokens

@@ -25,23 +25,23 @@ from moe_adapter.masks import MASK_ARGUMENTS, token_mask
 
 
 class ForwardPass:
-    """One pass through a stack of blocks: its mask, each layer's calls, and the gradient of its balance loss."""
+    """One pass through a stack of blocks: its mask, and each layer's calls and gradient of its balance loss."""
 
     def __init__(self, mask: Any = None, *, is_open: bool):
         self.mask = mask
         self.is_open = is_open
         self.calls: dict[RoutingLog, list[RouterCall]] = {}
-        self.gradient: torch.Tensor | None = None
+        self.gradients: dict[RoutingLog, torch.Tensor] = {}
         self.recomputed: dict[RoutingLog, int] = {}
 
-    def receive(self, gradient: torch.Tensor) -> None:
-        """Keep the gradient of the balance loss until the running backward ends."""
-        if self.gradient is None:
+    def receive(self, log: RoutingLog, gradient: torch.Tensor) -> None:
+        """Keep the gradient of a layer's balance loss until the running backward ends."""
+        if not self.gradients:
             Variable._execution_engine.queue_callback(self._end_backward)
-        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+        self.gradients[log] = self.gradients.get(log, 0) + gradient
 
     def _end_backward(self) -> None:
-        self.gradient = None
+        self.gradients.clear()
         self.recomputed.clear()
 
 
@@ -81,19 +81,20 @@ class RoutingLog:
         loss = layer_balance_loss(self.calls)
         if loss.requires_grad or not (torch.is_grad_enabled() and anchor.requires_grad):
             return loss
-        return _Bridge.apply(loss, anchor, self.last)  # pyright: ignore
+        return _Bridge.apply(loss, anchor, self.last, self)  # pyright: ignore
 
     def _recompute(self, call: RouterCall, y_TD: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Attach this call's part of the balance loss to y_TD if the call's pass waits for it."""
         for ref in reversed(self._ungraphed):  # backward visits passes last to first
             source = ref()
-            if source is None or source.gradient is None or not call.logits_TE.requires_grad:
+            if source is None or self not in source.gradients or not call.logits_TE.requires_grad:
                 continue
             done = source.recomputed.get(self, 0)
             if done < len(source.calls[self]):
                 source.recomputed[self] = done + 1
                 call = call._replace(mask_T=token_mask(source.mask, shape))
-                return _Attach.apply(y_TD, layer_balance_loss(source.calls[self], [call]), source.gradient)  # pyright: ignore
+                part = layer_balance_loss(source.calls[self], [call])
+                return _Attach.apply(y_TD, part, source.gradients[self])  # pyright: ignore
         return y_TD
 
 
@@ -137,14 +138,14 @@ class _Bridge(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, value: torch.Tensor, anchor: torch.Tensor, source: ForwardPass) -> torch.Tensor:
-        ctx.source = source
+    def forward(ctx, value: torch.Tensor, anchor: torch.Tensor, source: ForwardPass, log: RoutingLog) -> torch.Tensor:
+        ctx.source, ctx.log = source, log
         return value.clone()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):  # pyright: ignore
-        ctx.source.receive(gradient)
-        return None, None, None
+        ctx.source.receive(ctx.log, gradient)
+        return None, None, None, None
 
 
 class _Attach(torch.autograd.Function):
