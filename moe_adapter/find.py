@@ -37,6 +37,9 @@ def find_sites(model: nn.Module, target: Target) -> list[Site]:
     """
     if target == LANGUAGE_MODEL_FFN:
         return _language_model_sites(model)
+    if not isinstance(target, str | re.Pattern) and not callable(target):
+        union = {site.name: site for part in target for site in find_sites(model, part)}
+        return [union[name] for name, _ in model.named_modules() if name in union]
     modules = dict(model.named_modules())
     names = [name for name, module in modules.items() if name and _matches(target, name, module)]
     if not names:
@@ -142,16 +145,14 @@ def _inside(name: str, scope: str) -> bool:
     return not scope or name == scope or name.startswith(scope + ".")
 
 
-def _matches(target: Target, name: str, module: nn.Module) -> bool:
+def _matches(target: str | re.Pattern | Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
     """Strings match the end of a dotted name from a dot on: "visual.blocks.0.mlp", r"blocks\\.\\d+\\.mlp"."""
     if isinstance(target, str):
         plain = re.fullmatch(r"[\w.]+", target)
         target = re.compile(re.escape(target) if plain else target)
     if isinstance(target, re.Pattern):
         return re.fullmatch(rf"(?:.*\.)?(?:{target.pattern})", name, target.flags) is not None
-    if callable(target):
-        return bool(target(name, module))
-    return any(_matches(part, name, module) for part in target)
+    return bool(target(name, module))
 
 
 def _nearest(target: Target, modules: dict[str, nn.Module]) -> str:

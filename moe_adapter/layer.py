@@ -11,7 +11,7 @@ from moe_adapter.config import DualPathConfig, resolve_dim
 from moe_adapter.experts import Experts, SharedExpert
 from moe_adapter.ffn import FeedForward
 from moe_adapter.losses import RouterCall
-from moe_adapter.precision import KeepsFloat32, compute_dtype
+from moe_adapter.precision import KeepsFloat32, wide
 from moe_adapter.router import Router
 from moe_adapter.routing import RoutingLog
 
@@ -40,7 +40,7 @@ class DualPathMoE(KeepsFloat32):
         if config.num_experts:
             width = resolve_dim(config.expert_dim, ffn.intermediate)
             sizes = (ffn.hidden, config.num_experts, config.top_k)
-            self.router = Router(*sizes, softmax=config.router_softmax, device=device)
+            self.router = Router(*sizes, softmax=config.router_softmax, device=device, dtype=wide(dtype))
             self.experts = Experts(ffn, config.num_experts, width, backend=config.backend, device=device, dtype=dtype)
         self._add_mixing(device, dtype)
 
@@ -51,8 +51,8 @@ class DualPathMoE(KeepsFloat32):
             self.coefficient = nn.Linear(hidden, 2, device=device, dtype=dtype)
             self.shared_expert_gate = nn.Linear(hidden, 1, bias=False, device=device, dtype=dtype) if shared else None
             return
-        self.alpha_logit = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
-        self.lam_logit = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32)) if shared else None
+        self.alpha_logit = nn.Parameter(torch.empty(1, device=device, dtype=wide(dtype)))
+        self.lam_logit = nn.Parameter(torch.empty(1, device=device, dtype=wide(dtype))) if shared else None
 
     @property
     def alpha(self) -> torch.Tensor:
@@ -100,7 +100,7 @@ class DualPathMoE(KeepsFloat32):
 
     def _mix(self, x: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
         """The sum of equation (3), scalars and all in float32, in the dtype of the static path."""
-        dtype = compute_dtype(x)
+        dtype = wide(x.dtype)
         moe = self._moe(x, dtype)
         static_share, moe_share = self._shares(x, dtype)
         return (static_share * static.to(dtype) + moe_share * moe).to(static.dtype)

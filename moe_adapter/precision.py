@@ -23,9 +23,9 @@ class KeepsFloat32(nn.Module):
         return super()._apply(_keep_wide(fn), recurse=False)
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype for what must not lose precision beside x: float32, or float64 in a float64 model."""
-    return torch.promote_types(x.dtype, torch.float32)
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what must not lose precision beside `dtype`: float32, or float64 in a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _keep_wide(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

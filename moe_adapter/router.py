@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_adapter.precision import KeepsFloat32, compute_dtype
+from moe_adapter.precision import KeepsFloat32, wide
 
 
 class Router(KeepsFloat32):
@@ -15,11 +15,11 @@ class Router(KeepsFloat32):
     `weight` has shape (E, D).
     """
 
-    def __init__(self, hidden: int, num_experts: int, top_k: int, *, softmax: str, device: torch.device | None = None):
+    def __init__(self, hidden: int, num_experts: int, top_k: int, *, softmax: str, device, dtype: torch.dtype):
         super().__init__()
         self.top_k = top_k
         self.softmax = softmax
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=dtype))
 
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(logits_TE, top_k_weights_TK, top_k_index_TK), the order of transformers' routers.
@@ -27,7 +27,7 @@ class Router(KeepsFloat32):
         Equation (4): g_i = exp(f_i) / Σ_{j ∈ top-k} exp(f_j), so the K weights of a token sum to 1. With
         softmax="all", as in the authors' released code, the sum runs over all experts and they don't.
         """
-        dtype = compute_dtype(x_TD)
+        dtype = wide(x_TD.dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
             if self.softmax == "selected":

@@ -1,0 +1,148 @@
+"""Every backend against the float64 reference: outputs and gradients of input, weights and routing weights."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from moe_adapter import MoEAdapterError, backends, dual_path_layers, inject_dual_path_moe
+from moe_adapter.experts import Experts
+from moe_adapter.ffn import FeedForward
+
+BACKENDS = sorted(backends.BACKENDS)
+SHAPES = {
+    "plain": dict(tokens=37, experts=4, top_k=2, hidden=32, width=16),
+    "one token": dict(tokens=1, experts=4, top_k=2, hidden=32, width=16),
+    "no token": dict(tokens=0, experts=4, top_k=2, hidden=32, width=16),
+    "top-1": dict(tokens=11, experts=4, top_k=1, hidden=32, width=16),
+    "top-all": dict(tokens=11, experts=4, top_k=4, hidden=32, width=16),
+    "odd sizes": dict(tokens=13, experts=5, top_k=3, hidden=33, width=7),
+    "one expert": dict(tokens=5, experts=1, top_k=1, hidden=16, width=8),
+    "many experts": dict(tokens=9, experts=64, top_k=8, hidden=16, width=8),
+}
+
+
+def make_experts(backend: str, shape: dict, dtype: torch.dtype, *, gated: bool, bias: bool) -> Experts:
+    ffn = FeedForward(
+        hidden=shape["hidden"],
+        intermediate=shape["width"],
+        gate="gate" if gated else None,
+        up="up",
+        down="down",
+        bias=bias,
+        activation=nn.SiLU() if gated else nn.GELU(),
+        residual=None,
+    )
+    experts = Experts(ffn, shape["experts"], shape["width"], backend=backend, device="cpu", dtype=dtype)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(0, 0.3)
+    return experts
+
+
+def make_routing(shape: dict, skew: str) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.rand(shape["tokens"], shape["experts"])
+    if skew == "empty":  # the last experts get nothing, the first almost everything
+        scores += torch.linspace(9, 0, shape["experts"])
+    weights, index = scores.topk(shape["top_k"], dim=-1)
+    return index, weights.softmax(-1)
+
+
+def reference(experts: Experts, x, index, weights, gated: bool):
+    """Dense float64: every expert on every token, weighted by a (T, E) matrix."""
+    first, down = experts.first.detach().double().requires_grad_(), experts.down_proj.detach().double().requires_grad_()
+    dense = torch.zeros(len(x), experts.num_experts, dtype=torch.float64).scatter(1, index, weights)
+    h = torch.einsum("td,efd->tef", x, first)
+    h = h + (0 if experts.first_bias is None else experts.first_bias.double())
+    half = h.shape[-1] // 2
+    h = experts.act_fn(h[..., :half]) * h[..., half:] if gated else experts.act_fn(h)
+    y = torch.einsum("tef,edf->ted", h, down)
+    y = y + (experts.down_proj_bias.double() if experts.has_bias else 0)
+    return torch.einsum("ted,te->td", y, dense), first, down
+
+
+@pytest.mark.parametrize("skew", ["even", "empty"])
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_outputs_and_gradients(backend, shape, dtype, gated, bias, skew):
+    shape = SHAPES[shape]
+    experts = make_experts(backend, shape, dtype, gated=gated, bias=bias)
+    index, weights = make_routing(shape, skew)
+    x = torch.randn(shape["tokens"], shape["hidden"], dtype=dtype, requires_grad=True)
+    weights = weights.to(dtype).requires_grad_()
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, weights))
+    y = experts(x, index, weights)
+    expected, first, down = reference(experts, x64, index, w64, gated)
+    assert y.dtype == dtype and y.shape == x.shape
+    tight = dtype == torch.float64
+    torch.testing.assert_close(y.double(), expected, rtol=1e-9 if tight else 1e-4, atol=1e-11 if tight else 1e-5)
+    (y * y).sum().backward()
+    (expected * expected).sum().backward()
+    for got, wanted in ((x, x64), (weights, w64), (experts.first, first), (experts.down_proj, down)):
+        grad = torch.zeros_like(got) if got.grad is None else got.grad
+        limit = (1e-9 if tight else 1e-5) * max(1.0, float(wanted.grad.norm()))
+        assert (grad.double() - wanted.grad).norm() <= limit
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_stays_close(backend):
+    shape = SHAPES["plain"]
+    experts = make_experts(backend, shape, torch.bfloat16, gated=True, bias=False)
+    index, weights = make_routing(shape, "even")
+    x = torch.randn(shape["tokens"], shape["hidden"], dtype=torch.bfloat16)
+    expected, *_ = reference(experts, x.double(), index, weights.double(), gated=True)
+    torch.testing.assert_close(experts(x, index, weights).double(), expected, rtol=0.05, atol=0.05)
+
+
+def test_what_a_backend_refuses_falls_back_and_is_said_once(caplog):
+    shape = dict(SHAPES["odd sizes"], hidden=35)
+    experts = make_experts("grouped_mm", shape, torch.float32, gated=True, bias=False)
+    index, weights = make_routing(shape, "even")
+    with caplog.at_level(logging.WARNING, logger="moe_adapter.backends"):
+        for _ in range(3):
+            experts(torch.randn(13, 35), index, weights)
+    assert len(caplog.records) == 1
+    assert "eager" in caplog.text and "16 bytes" in caplog.text
+
+
+def test_an_unknown_backend_names_the_known_ones():
+    with pytest.raises(MoEAdapterError, match="grouped_mm"):
+        inject_dual_path_moe(zoo.build("qwen2"), backend="fastest")
+
+
+def test_a_backend_registers_under_a_name():
+    calls = []
+
+    def mine(experts, x_TD, index_TK, weights_TK):
+        calls.append(tuple(x_TD.shape))
+        return torch.zeros_like(x_TD)
+
+    backends.BACKENDS["mine"] = mine
+    try:
+        model = inject_dual_path_moe(zoo.build("qwen2"), backend="mine", expert_dim=8, shared_expert_dim=8)
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+    finally:
+        del backends.BACKENDS["mine"]
+        backends.load_backend.cache_clear()
+    assert calls == [(3, 32)] * len(dual_path_layers(model))
+
+
+def test_without_transformers_the_default_goes_on_with_eager():
+    """A plain torch user has no transformers: the first forward says so and works."""
+    code = """
+import sys; sys.modules["transformers"] = None
+import torch; from torch import nn; import moe_adapter as ma
+net = nn.ModuleDict({"ffn": nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))})
+ma.inject_dual_path_moe(net, target="ffn", expert_dim=8, shared_expert_dim=8)
+print(net["ffn"](torch.randn(3, 8)).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch.Size([3, 8])" in done.stdout and "eager" in done.stderr
