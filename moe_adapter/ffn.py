@@ -29,6 +29,9 @@ CONFIG_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", 
 RESIDUAL_ARGUMENT = "residual"  # an FFN with this argument adds it to its output (Bloom, MPT)
 
 
+Activation = Callable[..., Any]
+
+
 class NotAnFFN(MoEAdapterError):
     """The module is no feed-forward block that experts could mirror; the message says why."""
 
@@ -46,7 +49,7 @@ class FeedForward:
     up: str
     down: str
     bias: bool
-    activation: Callable[[torch.Tensor], torch.Tensor]
+    activation: Activation
     residual: str | None
 
     @property
@@ -139,7 +142,7 @@ def _check_nothing_else(module: nn.Module, maps: dict[str, nn.Module], activatio
         raise NotAnFFN(f"beside its linear maps it holds {', '.join(others[:3])}")
 
 
-def _activation(module: nn.Module, config: Any, *, gated: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def _activation(module: nn.Module, config: Any, *, gated: bool) -> Activation:
     """The activation that the module holds, else the one its config names, else SiLU (gated) or GELU."""
     for name, child in [*_outermost(module), *vars(module).items()]:
         if _hinted(name, ACTIVATION_HINTS) and callable(child) and not _has_linear(child):
@@ -158,7 +161,7 @@ def _has_linear(child: Any) -> bool:
     return isinstance(child, nn.Module) and any(is_linear(part) for part in child.modules())
 
 
-def _by_name(name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _by_name(name: str) -> Activation | None:
     tanh = {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh"}
     if name in tanh:
         return nn.GELU(approximate="tanh")

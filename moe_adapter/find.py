@@ -55,7 +55,7 @@ def _language_model_sites(model: nn.Module) -> list[Site]:
         for stack, blocks in _stacks(model)
         if _inside(stack, scope)
         for index, block in enumerate(blocks)
-        for name in _ffns(block, f"{stack}.{index}", getattr(blocks, "config", None))
+        for name in _ffns(block, f"{stack}.{index}")
     ]
     unique = list({id(site.module): site for site in reversed(found)}.values())[::-1]
     if not unique:
@@ -84,18 +84,18 @@ def _language_model(model: nn.Module) -> str:
     return scope
 
 
-def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost lists of blocks: (name, list), blocks of one class that hold an FFN each."""
+def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
+    """The outermost lists of blocks, by name: those in which a block holds an FFN."""
     seen: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or any(_inside(name, outer) for outer in seen):
             continue
-        if name and len(module) and any(_ffns(block, "", None) for block in module):
+        if name and len(module) and any(_ffns(block, "") for block in module):
             seen.append(name)
             yield name, module
 
 
-def _ffns(block: nn.Module, name: str, config: Any) -> list[str]:
+def _ffns(block: nn.Module, name: str) -> list[str]:
     """Names of the FFNs of one block: the topmost modules in it that look like one."""
     found = []
     for child_name, child in block.named_children():
@@ -103,10 +103,10 @@ def _ffns(block: nn.Module, name: str, config: Any) -> list[str]:
         if any(hint in f"{child_name} {type(child).__name__}".lower() for hint in NOT_AN_FFN):
             continue
         try:
-            describe(child, config)
+            describe(child)
             found.append(path)
         except NotAnFFN:
-            found += _ffns(child, path, config)
+            found += _ffns(child, path)
     return found
 
 
