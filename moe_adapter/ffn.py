@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,20 +15,11 @@ from moe_adapter.errors import MoEAdapterError
 
 # Hints, for what structure alone leaves open. Everything else follows from shapes.
 GATE_HINTS = ("gate", "wi_0", "w_0", "w1")  # which of two equal maps is the activated one
-DOWN_HINTS = (
-    "down",
-    "wo",
-    "w_out",
-    "w2",
-    "c_proj",
-    "fc2",
-    "out",
-    "4h_to_h",
-)  # the last map, where widths are equal
+DOWN_HINTS = ("down", "wo", "w2", "c_proj", "fc2", "out", "4h_to_h")  # the last map, where widths are equal
 ACTIVATION_HINTS = ("act", "gelu", "silu", "relu", "nonlin")  # attribute that holds the activation
 CONFIG_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "ff_activation")
 RESIDUAL_ARGUMENT = "residual"  # an FFN with this argument adds it to its output (Bloom, MPT)
-
+NOT_AN_FFN = ("attn", "attention", "router")  # parts of a block whose maps may look like an FFN's
 
 Activation = Callable[..., Any]
 
@@ -40,7 +32,8 @@ class NotAnFFN(MoEAdapterError):
 class FeedForward:
     """A host FFN D → F → D: its widths, its maps and its activation.
 
-    `gate` is None for an ungated FFN; `gate == up` for one map that yields gate and up, gate first.
+    `gate` is None for an ungated FFN; `gate == up` for one map that yields gate and up, gate first. The maps are named
+    relative to the FFN's module or, where the FFN is `split`, its maps lying in a block beside others, to the block.
     """
 
     hidden: int
@@ -50,7 +43,8 @@ class FeedForward:
     down: str
     bias: bool
     activation: Activation
-    residual: str | None
+    residual: str | None = None
+    split: bool = False
 
     @property
     def gated(self) -> bool:
@@ -63,11 +57,37 @@ def describe(module: nn.Module, config: Any = None) -> FeedForward:
     Raises:
         NotAnFFN: the module's linear maps don't form D → F → D, or it holds other parameters.
     """
-    maps = {name: child for name, child in _outermost(module) if is_linear(child)}
+    parts = dict(_parts(module))
+    ffn = _read(module, parts, config)
+    covered = {id(p) for name in (ffn.gate, ffn.up, ffn.down) if name for p in parts[name].parameters()}
+    if isinstance(ffn.activation, nn.Module):
+        covered |= {id(p) for p in ffn.activation.parameters()}
+    others = [name for name, p in module.named_parameters() if id(p) not in covered]
+    if others:
+        raise NotAnFFN(f"beside its linear maps it holds {', '.join(others[:3])}")
+    adds_residual = RESIDUAL_ARGUMENT in inspect.signature(module.forward).parameters
+    return dataclasses.replace(ffn, residual=RESIDUAL_ARGUMENT if adds_residual else None)
+
+
+def describe_split(block: nn.Module, config: Any = None) -> FeedForward:
+    """Read an FFN whose maps lie in a block beside its attention and norms (BART, OPT, BERT).
+
+    Raises:
+        NotAnFFN: the block's linear maps outside its attention don't form one D → F → D.
+    """
+    parts = dict(_parts(block, skip=looks_like_attention))
+    return dataclasses.replace(_read(block, parts, config), split=True)
+
+
+def looks_like_attention(name: str, module: nn.Module) -> bool:
+    """Whether a part of a block is not to be searched for an FFN."""
+    return any(hint in f"{name} {type(module).__name__}".lower() for hint in NOT_AN_FFN)
+
+
+def _read(root: nn.Module, parts: dict[str, nn.Module], config: Any) -> FeedForward:
+    maps = {name: child for name, child in parts.items() if is_linear(child)}
     if not 2 <= len(maps) <= 3:
         raise NotAnFFN(f"it holds {len(maps)} linear maps; an FFN has two (up, down) or three (gate, up, down)")
-    activation = _activation(module, config, gated=len(maps) == 3)
-    _check_nothing_else(module, maps, activation)
     gate, up, down = _roles(maps)
     (hidden, width), (intermediate, _) = in_out(maps[up]), in_out(maps[down])
     if gate is None and width == 2 * intermediate:
@@ -79,8 +99,7 @@ def describe(module: nn.Module, config: Any = None) -> FeedForward:
         up=up,
         down=down,
         bias=any(getattr(child, "bias", None) is not None for child in maps.values()),
-        activation=activation,
-        residual=RESIDUAL_ARGUMENT if RESIDUAL_ARGUMENT in inspect.signature(module.forward).parameters else None,
+        activation=_activation(root, parts, config, gated=gate is not None),
     )
 
 
@@ -106,12 +125,16 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _outermost(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _parts(
+    module: nn.Module, prefix: str = "", skip: Callable[[str, nn.Module], bool] = lambda name, child: False
+) -> Iterator[tuple[str, nn.Module]]:
     """Every descendant, without descending into linear maps (a LoRA layer holds further ones)."""
     for name, child in module.named_children():
+        if skip(name, child):
+            continue
         yield prefix + name, child
         if not is_linear(child):
-            yield from _outermost(child, f"{prefix}{name}.")
+            yield from _parts(child, f"{prefix}{name}.", skip)
 
 
 def _roles(maps: dict[str, nn.Module]) -> tuple[str | None, str, str]:
@@ -133,21 +156,12 @@ def _hinted(name: str, hints: tuple[str, ...]) -> bool:
     return any(hint in name.rsplit(".", 1)[-1].lower() for hint in hints)
 
 
-def _check_nothing_else(module: nn.Module, maps: dict[str, nn.Module], activation: Any) -> None:
-    covered = {id(parameter) for child in maps.values() for parameter in child.parameters()}
-    if isinstance(activation, nn.Module):
-        covered |= {id(parameter) for parameter in activation.parameters()}
-    others = [name for name, parameter in module.named_parameters() if id(parameter) not in covered]
-    if others:
-        raise NotAnFFN(f"beside its linear maps it holds {', '.join(others[:3])}")
-
-
-def _activation(module: nn.Module, config: Any, *, gated: bool) -> Activation:
-    """The activation that the module holds, else the one its config names, else SiLU (gated) or GELU."""
-    for name, child in [*_outermost(module), *vars(module).items()]:
-        if _hinted(name, ACTIVATION_HINTS) and callable(child) and not _has_linear(child):
+def _activation(root: nn.Module, parts: dict[str, nn.Module], config: Any, *, gated: bool) -> Activation:
+    """The activation that the FFN holds, else the one its config names, else SiLU (gated) or GELU."""
+    for name, child in [*parts.items(), *vars(root).items()]:
+        if _hinted(name, ACTIVATION_HINTS) and callable(child) and not _is_more_than_activation(child):
             return child
-    for child in module.modules():
+    for child in parts.values():
         if type(child).__module__ == nn.modules.activation.__name__:
             return child
     for name in CONFIG_ACTIVATIONS:
@@ -157,8 +171,8 @@ def _activation(module: nn.Module, config: Any, *, gated: bool) -> Activation:
     return nn.SiLU() if gated else nn.GELU()
 
 
-def _has_linear(child: Any) -> bool:
-    return isinstance(child, nn.Module) and any(is_linear(part) for part in child.modules())
+def _is_more_than_activation(child: Any) -> bool:
+    return isinstance(child, nn.Dropout) or (isinstance(child, nn.Module) and any(map(is_linear, child.modules())))
 
 
 def _by_name(name: str) -> Activation | None:

@@ -11,20 +11,24 @@ from typing import Any
 from torch import nn
 
 from moe_adapter.errors import MoEAdapterError
-from moe_adapter.ffn import FeedForward, NotAnFFN, describe
+from moe_adapter.ffn import FeedForward, NotAnFFN, describe, describe_split, is_linear, looks_like_attention
 
 Target = str | re.Pattern | Iterable[str] | Callable[[str, nn.Module], bool]
 
 LANGUAGE_MODEL_FFN = "mlp"  # the target that means: the FFN of every block of the language model
-NOT_AN_FFN = ("attn", "attention", "router")  # hint: parts of a block whose maps may look like an FFN's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One FFN to replace: its dotted name, the module, what it looks like, and the stack it belongs to."""
+    """One FFN to replace: where it is, what it looks like, and the stack of blocks it belongs to.
+
+    `module`, named `name`, is the FFN itself and the same as `root`; of a split FFN it is the last map and `root` the
+    block, whose first map sees the FFN's input.
+    """
 
     name: str
     module: nn.Module
+    root: nn.Module
     ffn: FeedForward
     stack: str  # name of the module that runs the blocks; its `attention_mask` says which tokens are padding
 
@@ -45,25 +49,32 @@ def find_sites(model: nn.Module, target: Target) -> list[Site]:
     if not names:
         raise MoEAdapterError(f"target {target!r} matches no module{_nearest(target, modules)}.")
     outermost = [name for name in names if not any(name.startswith(other + ".") for other in names)]
-    return [_site(model, name) for name in outermost]
+    return _unique(site for name in outermost for site in _sites_at(model, name))
 
 
 def _language_model_sites(model: nn.Module) -> list[Site]:
     scope = _language_model(model)
-    found = [
-        _site(model, name)
+    sites = _unique(
+        _site(model, root, split)
         for stack, blocks in _stacks(model)
         if _inside(stack, scope)
         for index, block in enumerate(blocks)
-        for name in _ffns(block, f"{stack}.{index}")
-    ]
-    unique = list({id(site.module): site for site in reversed(found)}.values())[::-1]
-    if not unique:
+        for root, split in _ffns(block, f"{stack}.{index}")
+    )
+    if not sites:
         raise MoEAdapterError(
             f"no feed-forward block found in the language model of {type(model).__name__}; name the modules yourself: "
             'target="suffix", a regex, or a callable (name, module) -> bool.'
         )
-    return unique
+    return sites
+
+
+def _unique(sites: Iterable[Site]) -> list[Site]:
+    """Each module once, under its first name, however many blocks share it."""
+    found: dict[int, Site] = {}
+    for site in sites:
+        found.setdefault(id(site.module), site)
+    return list(found.values())
 
 
 def _language_model(model: nn.Module) -> str:
@@ -95,32 +106,49 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequenti
             yield name, module
 
 
-def _ffns(block: nn.Module, name: str) -> list[str]:
-    """Names of the FFNs of one block: the topmost modules in it that look like one."""
-    found = []
-    for child_name, child in block.named_children():
-        path = f"{name}.{child_name}"
-        if any(hint in f"{child_name} {type(child).__name__}".lower() for hint in NOT_AN_FFN):
-            continue
-        try:
-            describe(child)
-            found.append(path)
-        except NotAnFFN:
-            found += _ffns(child, path)
-    return found
+def _ffns(module: nn.Module, name: str) -> list[tuple[str, bool]]:
+    """The FFNs in a part of a model, topmost first: (name, False), or (name of a block, True) for split ones."""
+    if is_linear(module) or looks_like_attention(name.rpartition(".")[2], module):
+        return []
+    if _fits(describe, module):
+        return [(name, False)]
+    inside = [found for child_name, child in module.named_children() for found in _ffns(child, f"{name}.{child_name}")]
+    return inside or ([(name, True)] if _fits(describe_split, module) else [])
 
 
-def _site(model: nn.Module, name: str) -> Site:
-    module = model.get_submodule(name)
-    stack = _stack_of(model, name)
+def _fits(describer: Callable[[nn.Module], FeedForward], module: nn.Module) -> bool:
     try:
-        ffn = describe(module, _config(model, name))
+        describer(module)
+    except NotAnFFN:
+        return False
+    return True
+
+
+def _sites_at(model: nn.Module, name: str) -> list[Site]:
+    """The FFN that a matched module is, or is a map of, or the FFNs that it holds, as a block does."""
+    module = model.get_submodule(name)
+    if is_linear(module):
+        for end in range(name.count("."), 0, -1):
+            block = ".".join(name.split(".")[:end])
+            if _fits(describe_split, model.get_submodule(block)):
+                return [_site(model, block, True)]
+    if found := _ffns(module, name):
+        return [_site(model, root, split) for root, split in found]
+    return [_site(model, name, False)]
+
+
+def _site(model: nn.Module, name: str, split: bool) -> Site:
+    """The site of the FFN `name`, or of the split FFN of the block `name`. Raises MoEAdapterError if it is none."""
+    root, config = model.get_submodule(name), _config(model, name)
+    try:
+        ffn = describe_split(root, config) if split else describe(root, config)
     except NotAnFFN as error:
         raise MoEAdapterError(
-            f"{name} ({type(module).__name__}) is no feed-forward block: {error}. Target modules that map "
+            f"{name} ({type(root).__name__}) is no feed-forward block: {error}. Target modules that map "
             "D → F → D, such as a block's mlp."
         ) from error
-    return Site(name=name, module=module, ffn=ffn, stack=stack)
+    place = f"{name}.{ffn.down}" if split else name
+    return Site(name=place, module=model.get_submodule(place), root=root, ffn=ffn, stack=_stack_of(model, name))
 
 
 def _stack_of(model: nn.Module, name: str) -> str:

@@ -16,11 +16,12 @@ DEFAULT_STD = 0.02
 
 
 @torch.no_grad()
-def initialise(layer: DualPathMoE, model_config: Any = None) -> None:
+def initialise(layer: DualPathMoE, host: nn.Module, model_config: Any = None) -> None:
     """Fill the layer's new parameters: normal(0, std), biases zero, α and λ at their start values.
 
-    std is the config's `init_std`, else the model's `initializer_range`, else 0.02. With `preserve_base` the output
-    projections are zero, so that the MoE path gives exactly 0; with expert_init="ffn_slice" the experts' first
+    `host` is the module in which the FFN's maps are named. std is the config's `init_std`, else the model's
+    `initializer_range`, else 0.02. With `preserve_base` the output projections are zero, so that the MoE path gives
+    exactly 0; with expert_init="ffn_slice" the experts' first
     projections (and, without `preserve_base`, their output projections) are slices of the host's FFN.
     """
     config = layer.config
@@ -36,7 +37,7 @@ def initialise(layer: DualPathMoE, model_config: Any = None) -> None:
         else:
             parameter.normal_(0.0, std)
     if config.expert_init == "ffn_slice":
-        _slices(layer)
+        _slices(layer, host)
     if layer.coefficient is not None:
         _start_coefficient(layer)
     if config.preserve_base:
@@ -61,9 +62,9 @@ def _output_projections(layer: DualPathMoE) -> list[torch.Tensor]:
     return [down for down in downs if down is not None]
 
 
-def _slices(layer: DualPathMoE) -> None:
+def _slices(layer: DualPathMoE, host: nn.Module) -> None:
     """Expert e takes rows [e·F, (e+1)·F) of the host's hidden units, cyclically; the shared expert the first rows."""
-    ffn, host = layer.ffn, layer.static_expert
+    ffn = layer.ffn
     gate, up, down = _host_weights(host, ffn)
     if layer.experts is not None:
         width = layer.experts.down_proj.shape[2]

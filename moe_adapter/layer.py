@@ -32,6 +32,7 @@ class DualPathMoE(KeepsFloat32):
         self.config = config
         self.static_scale = 1.0 / config.alpha_init if config.preserve_base else 1.0
         self.static_only = False
+        self.caught: torch.Tensor | None = None  # X of a split FFN, see CatchInput
         self.routing = RoutingLog()
         self.shared_expert = self.router = self.experts = None
         if config.shared_expert_dim:
@@ -70,9 +71,10 @@ class DualPathMoE(KeepsFloat32):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Equation (3) on the FFN's first argument X (…, D); other arguments and outputs pass through."""
+        caught, self.caught = self.caught, None
         if self.static_only:
             return self.static_expert(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = caught if caught is not None else args[0] if args else next(iter(kwargs.values()))
         static, residual, rest = self._static_path(args, kwargs)
         y = self._mix(x, static)
         if residual is not None:
@@ -140,3 +142,13 @@ class DualPathMoE(KeepsFloat32):
 
     def extra_repr(self) -> str:
         return f"static_scale={self.static_scale:g}, mixing={self.config.mixing!r}"
+
+
+class CatchInput:
+    """Forward pre-hook of the first map of a split FFN: what it sees is the X of the layer at the last map."""
+
+    def __init__(self, layer: DualPathMoE):
+        self.layer = layer
+
+    def __call__(self, first_map: nn.Module, args: tuple) -> None:
+        self.layer.caught = args[0]

@@ -14,7 +14,7 @@ from moe_adapter.config import DualPathConfig
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.find import LANGUAGE_MODEL_FFN, Site, Target
 from moe_adapter.init import initialise
-from moe_adapter.layer import DualPathMoE
+from moe_adapter.layer import CatchInput, DualPathMoE
 from moe_adapter.objective import AddBalanceLoss, dual_path_layers
 from moe_adapter.plan import Plan, new_layer, plan_injection
 from moe_adapter.routing import ClosePass, OpenPass, RequireInputGradient
@@ -64,8 +64,8 @@ def inject_dual_path_moe(
 def apply_plan(model: nn.Module, plan: Plan) -> None:
     """Carry out a plan: build and initialise all layers first, then swap them in."""
     layers = [new_layer(site, plan.config) for site in plan.sites]
-    for layer in layers:
-        initialise(layer, getattr(model, "config", None))
+    for site, layer in zip(plan.sites, layers, strict=True):
+        initialise(layer, site.root, getattr(model, "config", None))
         layer.train(layer.static_expert.training)
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
@@ -157,6 +157,9 @@ def _add_hooks(model: nn.Module, plan: Plan, layers: list[DualPathMoE]) -> list[
         stack, logs = model.get_submodule(name), [layer.routing for layer in members]
         hooks.append(stack.register_forward_pre_hook(OpenPass(stack, logs), with_kwargs=True))
         hooks.append(stack.register_forward_hook(ClosePass(logs), always_call=True))
+    for site, layer in zip(plan.sites, layers, strict=True):
+        if site.ffn.split:
+            hooks.append(site.root.get_submodule(site.ffn.up).register_forward_pre_hook(CatchInput(layer)))
     hooks.extend(_block(model, site).register_forward_pre_hook(RequireInputGradient()) for site in plan.sites)
     if plan.config.balance_coef and plan.config.num_experts:
         hook = AddBalanceLoss(plan.config.balance_coef)

@@ -24,6 +24,7 @@ TARGETS = {
     "regex": (r"visual\.blocks\.\d+\.mlp", VISION),
     "compiled regex": (re.compile(r"model\.visual\.blocks.*mlp"), VISION),
     "regex over both": (r"(visual\.blocks|layers)\.\d+\.mlp", VISION + LANGUAGE),
+    "whole blocks": (r"language_model\.layers\.\d+", LANGUAGE),
     "callable": (lambda name, module: type(module).__name__ == "VisionMlp", VISION),
 }
 
@@ -81,7 +82,6 @@ MISUSES = {
     "callable matches nothing": (lambda name, module: False, "matches no module"),
     "not an FFN": ("self_attn", "is no feed-forward block: it holds 4 linear maps"),
     "one linear map": ("lm_head", "is no feed-forward block: it holds 0 linear maps"),
-    "a whole block": (r"layers\.\d+", "is no feed-forward block"),
 }
 
 
