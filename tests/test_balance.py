@@ -174,6 +174,30 @@ def test_cached_decoding_takes_the_last_columns_of_a_longer_mask():
         assert layer.routing.calls[-1].mask_T.tolist() == [True, False, True]
 
 
+def test_a_layer_called_after_its_stack_starts_a_pass_of_its_own():
+    model = make_model().eval()
+    model(**make_batch(padding="left"))
+    layer = next(iter(dual_path_layers(model).values()))
+    layer(torch.randn(5, 32))
+    assert [call.mask_T for call in layer.routing.calls] == [None]
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_vision_blocks_learn_balance_under_checkpointing(kind):
+    """Pixels carry no gradient, so under reentrant checkpointing the blocks' inputs must be given one."""
+    model = inject_dual_path_moe(zoo.build("qwen2_vl"), r"visual\.blocks\.\d+\.mlp", **SIZES, balance_coef=GAMMA)
+    perturb(model).train()
+    ids = torch.tensor([[5, 122, *[120] * 4, 123, 7, 8]])
+    batch = dict(input_ids=ids, labels=ids, pixel_values=torch.randn(16, 3 * 2 * 14 * 14))
+    batch |= dict(image_grid_thw=torch.tensor([[1, 4, 4]]), mm_token_type_ids=(ids == 120).long())
+    plain = copy.deepcopy(model)
+    checkpoint(model, kind)
+    for net in (model, plain):
+        net(**batch, use_cache=False).loss.backward()
+    for mine, theirs in zip(dual_path_layers(model).values(), dual_path_layers(plain).values(), strict=True):
+        torch.testing.assert_close(mine.router.weight.grad, theirs.router.weight.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_static_only_routes_nothing_and_adds_nothing():
     model, batch = make_model(), make_batch()
     with static_only(model):

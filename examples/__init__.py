@@ -1,0 +1,1 @@
+"""Runnable recipes built on moe-adapter; not part of the installed package."""

@@ -1,0 +1,1 @@
+"""The EchoVLM recipe: ultrasound cases, two-stage training, evaluation and figures (arXiv 2509.14977)."""
