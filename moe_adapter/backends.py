@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
@@ -21,16 +20,22 @@ Backend = Callable[..., torch.Tensor]
 
 BACKENDS: dict[str, Backend | str] = {
     "eager": "moe_adapter.experts:eager",
+    "lean": "moe_adapter.lean:lean",
     "grouped_mm": "transformers.integrations.moe:grouped_mm_experts_forward",
     "batched_mm": "transformers.integrations.moe:batched_mm_experts_forward",
 }
 AUTO = "grouped_mm"
 
+_loaded: dict[str, Backend | MoEAdapterError] = {}  # what the names turned out to be
+_said: set[tuple[str, str]] = set()
+
 
 def check_backend(name: str) -> None:
-    """Raises MoEAdapterError for a name that the registry doesn't hold."""
+    """Look a backend up before it is used. Raises MoEAdapterError for a name that the registry doesn't hold."""
     if name != "auto" and name not in BACKENDS:
         raise MoEAdapterError(f"backend {name!r} is unknown; expected 'auto' or one of {', '.join(sorted(BACKENDS))}.")
+    for candidate in (AUTO if name == "auto" else name, "eager"):
+        _load(candidate)
 
 
 def run_backend(
@@ -45,10 +50,21 @@ def run_backend(
     return load_backend(chosen)(experts, x_TD, index_TK, weights_TK)
 
 
-@cache
 def load_backend(name: str) -> Backend:
-    """The function behind a registered name. Raises MoEAdapterError when its library is missing."""
-    check_backend(name)
+    """The function behind a registered name. Raises MoEAdapterError when there is none or its library is missing."""
+    found = _load(name)
+    if isinstance(found, MoEAdapterError):
+        raise found
+    return found
+
+
+def _load(name: str) -> Backend | MoEAdapterError:
+    if name not in _loaded:
+        _loaded[name] = _resolve(name)
+    return _loaded[name]
+
+
+def _resolve(name: str) -> Backend | MoEAdapterError:
     entry = BACKENDS[name]
     if not isinstance(entry, str):
         return entry
@@ -57,19 +73,22 @@ def load_backend(name: str) -> Backend:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         extra = module.partition(".")[0]
-        raise MoEAdapterError(
+        return MoEAdapterError(
             f'backend {name!r} needs {extra}, which gave: {error}. Install it: pip install "moe-adapter[{extra}]".'
-        ) from error
+        )
 
 
 def _refusal(name: str, experts, x_TD: torch.Tensor) -> str | None:
     """Why the backend can't take this input, or None."""
     if name == "eager":
         return None
-    if _missing(name) is not None:
-        return _missing(name)
+    found = _load(name)
+    if isinstance(found, MoEAdapterError):
+        return str(found)
     if x_TD.shape[0] == 0:
         return "no tokens"
+    if name == "lean" and experts.activation is None:
+        return "lean knows no derivative of this activation"
     if name != "grouped_mm":
         return None
     first = experts.first
@@ -80,15 +99,7 @@ def _refusal(name: str, experts, x_TD: torch.Tensor) -> str | None:
     return None
 
 
-@cache
-def _missing(name: str) -> str | None:
-    try:
-        load_backend(name)
-    except MoEAdapterError as error:
-        return str(error)
-    return None
-
-
-@cache
 def _say_once(name: str, reason: str) -> None:
-    logger.warning("backend %s goes on with eager: %s", name, reason)
+    if not torch.compiler.is_compiling() and (name, reason) not in _said:
+        _said.add((name, reason))
+        logger.warning("backend %s goes on with eager: %s", name, reason)

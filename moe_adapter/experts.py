@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moe_adapter.activations import activation_name
 from moe_adapter.backends import run_backend
 from moe_adapter.ffn import FeedForward
 
@@ -32,6 +33,7 @@ class Experts(nn.Module):
         self.has_gate = ffn.gated
         self.has_bias = ffn.bias
         self.act_fn = own_activation(ffn)
+        self.activation = activation_name(self.act_fn)
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))

@@ -1,0 +1,176 @@
+"""The `lean` backend: the routed experts as one dropless operator that reads each weight once a pass.
+
+Slots (token, expert) are sorted by expert; each expert then multiplies its own rows, with no one-hot, no padding and
+no weight indexed under autograd. The routing weight is folded in before the down projection, whose result is added
+straight to the output. Backward recomputes the activations from the pre-activations that forward kept.
+
+It is a custom operator with a shape rule, so torch.compile takes it whole, whatever the number of tokens. S is the
+number of slots, T·K; R the rows of the first projection, 2F gated or F.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_adapter.activations import ACTIVATIONS
+
+
+def lean(experts, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Σ_i g_i(x)·E_i(x), shape (T, D): the backend of that name, for activations in `ACTIVATIONS`."""
+    tensors = [experts.first, experts.down_proj, experts.first_bias, getattr(experts, "down_proj_bias", None)]
+    dtype = x_TD.dtype
+    if torch.is_autocast_enabled(x_TD.device.type):
+        cast = torch.get_autocast_dtype(x_TD.device.type)
+        x_TD, *tensors = [None if t is None else t.to(cast) for t in (x_TD, *tensors)]
+    out_TD, _ = lean_experts(x_TD, index_TK, weights_TK, *tensors, experts.activation, experts.has_gate)
+    return out_TD.to(dtype)
+
+
+@torch.library.custom_op("moe_adapter::lean_experts", mutates_args=())
+def lean_experts(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    first_ERD: Tensor,
+    down_EDF: Tensor,
+    first_bias_ER: Tensor | None,
+    down_bias_ED: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output (T, D) and, for backward, the sorted slots' pre-activations (S, R)."""
+    slots, groups = _groups(index_TK, first_ERD.shape[0])
+    out_TD = torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
+    h_SR = x_TD.new_empty(index_TK.numel(), first_ERD.shape[1])
+    weights_S = weights_TK.reshape(-1)
+    for expert, start, end in groups:
+        slot = slots[start:end]
+        token = slot // index_TK.shape[1]
+        h = torch.mm(x_TD[token], first_ERD[expert].T, out=h_SR[start:end])
+        if first_bias_ER is not None:
+            h += first_bias_ER[expert]
+        weight = weights_S[slot].to(h.dtype)[:, None]
+        y = (_activate(h, activation, gated) * weight) @ down_EDF[expert].T
+        if down_bias_ED is not None:
+            y += weight * down_bias_ED[expert]
+        out_TD.index_add_(0, token, y)
+    return out_TD, h_SR
+
+
+@torch.library.custom_op("moe_adapter::lean_experts_backward", mutates_args=())
+def lean_experts_backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    first_ERD: Tensor,
+    down_EDF: Tensor,
+    first_bias_ER: Tensor | None,
+    down_bias_ED: Tensor | None,
+    h_SR: Tensor,
+    activation: str,
+    gated: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, weights and the four parameters; an empty tensor where `needs` says that none is wanted."""
+    inputs = (x_TD, weights_TK, first_ERD, down_EDF, first_bias_ER, down_bias_ED)
+    grads = _empty_grads(inputs, needs)
+    dx_TD, dw_TK, dfirst, ddown, dfirst_bias, ddown_bias = (g if n else None for g, n in zip(grads, needs, strict=True))
+    slots, groups = _groups(index_TK, first_ERD.shape[0])
+    weights_S = weights_TK.reshape(-1)
+    dw_S = None if dw_TK is None else dw_TK.view(-1)
+    for expert, start, end in groups:
+        slot, h = slots[start:end], h_SR[start:end]
+        token = slot // index_TK.shape[1]
+        weight, dy = weights_S[slot].to(h.dtype)[:, None], grad_TD[token]
+        da, a = dy @ down_EDF[expert], _activate(h, activation, gated)
+        if dw_S is not None:
+            dw = (da * a).sum(-1, dtype=dw_S.dtype)
+            if down_bias_ED is not None:
+                dw += (dy * down_bias_ED[expert]).sum(-1, dtype=dw_S.dtype)
+            dw_S[slot] = dw
+        if ddown is not None:
+            torch.mm(dy.T, a.mul_(weight), out=ddown[expert])
+        if ddown_bias is not None:
+            ddown_bias[expert] = (dy * weight).sum(0)
+        dh = _activate_backward(da.mul_(weight), h, activation, gated)
+        if dfirst_bias is not None:
+            dfirst_bias[expert] = dh.sum(0)
+        if dfirst is not None:
+            torch.mm(dh.T, x_TD[token], out=dfirst[expert])
+        if dx_TD is not None:
+            dx_TD.index_add_(0, token, dh @ first_ERD[expert])
+    return grads
+
+
+def _groups(index_TK: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """Slots ordered by expert, and (expert, start, end) of each expert that has any."""
+    flat = index_TK.reshape(-1)
+    counts = torch.bincount(flat, minlength=experts).tolist()
+    groups, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            groups.append((expert, start, start + count))
+        start += count
+    return flat.argsort(stable=True), groups
+
+
+def _activate(h: Tensor, activation: str, gated: bool) -> Tensor:
+    function = ACTIVATIONS[activation][0]
+    if not gated:
+        return function(h)
+    gate, up = h.chunk(2, dim=-1)
+    return function(gate).mul_(up)
+
+
+def _activate_backward(da: Tensor, h: Tensor, activation: str, gated: bool) -> Tensor:
+    function, derivative = ACTIVATIONS[activation]
+    if not gated:
+        return derivative(da, h)
+    gate, up = h.chunk(2, dim=-1)
+    dh = torch.empty_like(h)
+    dgate, dup = dh.chunk(2, dim=-1)
+    torch.mul(da, function(gate), out=dup)
+    dgate.copy_(derivative(da.mul_(up), gate))
+    return dh
+
+
+def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
+    """Zeros where a gradient is wanted (experts without tokens keep them), else tensors of no elements."""
+    x = inputs[0]
+    assert x is not None
+    return [
+        torch.zeros_like(t, memory_format=torch.contiguous_format) if n and t is not None else x.new_empty(0)
+        for t, n in zip(inputs, needs, strict=True)
+    ]
+
+
+@lean_experts.register_fake
+def _(x_TD, index_TK, weights_TK, first_ERD, down_EDF, first_bias_ER, down_bias_ED, activation, gated):
+    return torch.empty_like(x_TD, memory_format=torch.contiguous_format), x_TD.new_empty(
+        index_TK.shape[0] * index_TK.shape[1], first_ERD.shape[1]
+    )
+
+
+@lean_experts_backward.register_fake
+def _(grad, x, index, weights, first, down, first_bias, down_bias, h, activation, gated, needs):
+    return _empty_grads((x, weights, first, down, first_bias, down_bias), needs)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.activation, ctx.gated = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_TD: Tensor, _):
+    x, _index, *rest, h = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    needs = [wanted[0], *wanted[2:7]]
+    grads = lean_experts_backward(grad_TD, x, _index, *rest, h, ctx.activation, ctx.gated, needs)
+    dx, *others = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return dx, None, *others, None, None
+
+
+lean_experts.register_autograd(_backward, setup_context=_setup_context)
