@@ -18,13 +18,12 @@ from moe_adapter.activations import ACTIVATIONS
 
 def lean(experts, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Σ_i g_i(x)·E_i(x), shape (T, D): the backend of that name, for activations in `ACTIVATIONS`."""
-    tensors = [experts.first, experts.down_proj, experts.first_bias, getattr(experts, "down_proj_bias", None)]
-    dtype = x_TD.dtype
-    if torch.is_autocast_enabled(x_TD.device.type):
-        cast = torch.get_autocast_dtype(x_TD.device.type)
-        x_TD, *tensors = [None if t is None else t.to(cast) for t in (x_TD, *tensors)]
-    out_TD, _ = lean_experts(x_TD, index_TK, weights_TK, *tensors, experts.activation, experts.has_gate)
-    return out_TD.to(dtype)
+    weights = [experts.first, experts.down_proj, experts.first_bias, getattr(experts, "down_proj_bias", None)]
+    x, device = x_TD, x_TD.device.type
+    if torch.is_autocast_enabled(device):
+        x, *weights = [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in (x, *weights)]
+    out_TD, _ = lean_experts(x, index_TK, weights_TK, *weights, experts.activation, experts.has_gate)  # pyright: ignore
+    return out_TD.to(x_TD.dtype)
 
 
 @torch.library.custom_op("moe_adapter::lean_experts", mutates_args=())
