@@ -1,0 +1,157 @@
+"""Records where a model's tokens go: a context manager around any forward, generate or evaluation.
+
+with record_routing(model, "routing.parquet") as record:
+    for batch in batches:
+        record.batch(case_ids=batch_ids, groups=batch_organs)
+        model.generate(**batch)
+record = RoutingRecord.open("routing.parquet")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe_adapter.analysis.forwards import ForwardWatch, RouterCall
+from moe_adapter.analysis.reader import RoutingRecord
+from moe_adapter.analysis.routers import RoutedBlock, find_routers
+from moe_adapter.analysis.schema import RecordFacts
+from moe_adapter.analysis.sequences import SequenceNames
+from moe_adapter.analysis.tokens import Forward, describe_tokens
+from moe_adapter.analysis.writer import RoutedTokens, RoutingWriter
+from moe_adapter.errors import MoEAdapterError
+
+__all__ = ["RoutingRecord", "RoutingRecorder", "record_routing"]
+
+
+@contextmanager
+def record_routing(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    cases: Sequence[str] | None = None,
+    groups: Mapping[str, str] | None = None,
+    row_group_rows: int = 2**20,
+) -> Iterator[RoutingRecorder]:
+    """Record every token that the routers of the model's language model see, to a Parquet file at `path`.
+
+    One row per token, layer and top-k slot (`schema.SCHEMA`). Padding is left out, and so is what a batch feeds
+    after a sequence's end; in one call of `generate` each token counts once, cached or not; recomputation under
+    gradient checkpointing does not count. Text that was not generated, reference answers included, is "prompt".
+
+    The file appears when the block ends without an error and has recorded something. At most `row_group_rows` rows
+    wait in memory. torch.compile is off inside the block. Each process of a distributed run records what it sees
+    itself, to a path of its own.
+
+    Args:
+        cases: ids of the sequences in the order in which the model meets them, as in a Trainer's evaluation.
+            Else name each batch with `record.batch`; sequences without a name are numbered "0", "1", ….
+        groups: the group of each case id (an organ, a hospital, …); "all" without it.
+
+    Raises:
+        MoEAdapterError: the model has no router, a sequence has no name or no group, or nothing was recorded.
+    """
+    blocks = find_routers(model)
+    recorder = RoutingRecorder(model, blocks, Path(path), SequenceNames(cases, groups), row_group_rows)
+    try:
+        with torch.compiler.set_stance("force_eager"), recorder.watch:  # compiled code skips hooks
+            yield recorder
+        recorder.close()
+    except BaseException:
+        recorder.writer.discard()
+        raise
+
+
+class RoutingRecorder:
+    """What `record_routing` yields: names the sequences of each batch."""
+
+    def __init__(
+        self, model: nn.Module, blocks: list[RoutedBlock], path: Path, names: SequenceNames, row_group_rows: int
+    ):
+        self._blocks = blocks
+        self._names = names
+        self._sizes: dict[int, tuple[int, int]] = {}  # layer: (num_experts, top_k)
+        configs = [module.config for module in model.modules() if hasattr(module, "config")]
+        self._model_name = getattr(configs[0], "name_or_path", "") if configs else ""
+        self._image_id, self._video_id = (
+            next((value for c in configs if (value := getattr(c, name, None)) is not None), None)
+            for name in ("image_token_id", "video_token_id")
+        )
+        self.watch = ForwardWatch(model, blocks, self._on_forward)
+        self.writer = RoutingWriter(path, row_group_rows=row_group_rows)
+
+    def batch(self, *, case_ids: Sequence[str], groups: Sequence[str] | None = None) -> None:
+        """Name the sequences of the next forward or generate; steps that go on from its cache keep the names.
+
+        Args:
+            case_ids: one id per row of the batch, before generate expands it to beams.
+            groups: one group per row; else looked up in `record_routing(groups=…)`, else "all".
+
+        Raises:
+            MoEAdapterError: the lengths differ.
+        """
+        self._names.give(case_ids, groups)
+
+    def close(self) -> None:
+        """Write the record's facts and put the file in its place."""
+        if not self.writer.tokens:
+            raise MoEAdapterError(
+                "nothing was recorded: no router saw a token that is not padding. Run the model inside the block, "
+                "with its dual-path layers enabled."
+            )
+        facts = RecordFacts(
+            model=self._model_name or type(next(iter(self.watch.sources))).__name__,
+            layers=tuple(block.facts(*self._sizes.get(i, (0, 0))) for i, block in enumerate(self._blocks)),
+            groups=tuple(self.writer.groups),
+            cases=len(self.writer.cases),
+            tokens=self.writer.tokens,
+        )
+        self.writer.close(facts)
+        self._names.check_all_met()
+
+    def _on_forward(self, forward: Forward, calls: list[RouterCall]) -> None:
+        batch, columns = forward.shape
+        for call in calls:
+            if len(call.index_TK) != batch * columns:
+                raise MoEAdapterError(
+                    f"the router of {self._blocks[call.layer].name} saw {len(call.index_TK)} tokens where the model "
+                    f"was given {batch} × {columns}; only routers that see every token can be recorded."
+                )
+            self._sizes[call.layer] = (call.num_experts, call.index_TK.shape[-1])
+        case_B, group_B = self._codes(forward)
+        facts = describe_tokens(forward, self._image_id, self._video_id)
+        keep_T = facts.keep_BS.reshape(-1)
+        slots = [(call.layer, slot) for call in calls for slot in range(call.index_TK.shape[-1])]
+        layer_C, slot_C = zip(*slots, strict=True)
+        routed = RoutedTokens(
+            case_T=np.repeat(case_B, columns)[keep_T],
+            group_T=np.repeat(group_B, columns)[keep_T],
+            modality_T=facts.modality_BS.reshape(-1)[keep_T],
+            position_T=facts.position_BS.reshape(-1)[keep_T],
+            token_id_T=facts.token_id_BS.reshape(-1)[keep_T],
+            expert_TC=_gather([call.index_TK for call in calls], torch.int16)[keep_T],
+            weight_TC=_gather([call.weights_TK for call in calls], torch.float32)[keep_T],
+            layer_C=layer_C,
+            slot_C=slot_C,
+        )
+        self.writer.append(routed)
+
+    def _codes(self, forward: Forward) -> tuple[np.ndarray, np.ndarray]:
+        """The writer's numbers for the case and the group of each row of the batch."""
+        named = self._names.of(forward)
+        cases, groups = self.writer.cases, self.writer.groups
+        case_B = [cases.setdefault(case, len(cases)) for case, _ in named]
+        group_B = [groups.setdefault(group, len(groups)) for _, group in named]
+        return np.array(case_B), np.array(group_B)
+
+
+def _gather(parts: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:
+    """(T, C) on the host, in one transfer where the layers share a device."""
+    device = parts[0].device
+    return torch.cat([part.to(device, dtype) for part in parts], dim=1).cpu().numpy()
