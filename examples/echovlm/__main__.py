@@ -1,0 +1,55 @@
+"""The recipe's command line: python -m examples.echovlm --preset tiny --out DIR."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from examples.echovlm.config import load_preset
+from examples.echovlm.recipe import run
+from moe_adapter import MoEAdapterError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the recipe; 2 with one clear line for what the user got wrong."""
+    options = _parser().parse_args(arguments)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        _check_paths(options)
+        run(load_preset(options.preset), cases_file=options.cases, base=options.base, out=options.out)
+    except MoEAdapterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.echovlm",
+        description="The two-stage EchoVLM recipe: cases, base, stage I, stage II, evaluation, routing figure.",
+        epilog="example: python -m examples.echovlm --preset tiny --cases cases.jsonl --base Qwen2-VL-7B --out run",
+    )
+    parser.add_argument("--preset", required=True, help="tiny, paper, or the path of a YAML file that extends one")
+    parser.add_argument("--cases", type=Path, help="your cases (docs/cases.md); phantoms are rendered without it")
+    parser.add_argument("--base", type=Path, help="checkpoint directory; a small base is made without it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything the run writes; empty or new")
+    return parser
+
+
+def _check_paths(options: argparse.Namespace) -> None:
+    if options.cases and not options.cases.is_file():
+        raise MoEAdapterError(f"--cases {options.cases}: no such file; expected a JSONL file of cases (docs/cases.md)")
+    if options.base and not (options.base / "config.json").is_file():
+        raise MoEAdapterError(
+            f"--base {options.base}: got no checkpoint directory; expected one that holds config.json"
+        )
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise MoEAdapterError(f"--out {options.out}: it is not empty; name a new folder, so that no run is overwritten")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The base model: a small general Qwen2-VL made here, or the user's own checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+from examples.echovlm.account import Account
+from examples.echovlm.collator import Collator
+from examples.echovlm.config import BaseConfig, RecipeConfig
+from examples.echovlm.data import Data
+from examples.echovlm.general import blocks, general_text
+from examples.echovlm.pictures import picture_example
+from examples.echovlm.processor import build_processor, set_image_side
+from examples.echovlm.tasks import Example, examples_of
+from examples.echovlm.tokenizer import train_tokenizer
+from examples.echovlm.training import train
+from moe_adapter import MoEAdapterError
+
+CAPTIONS = 500  # picture descriptions in the tokenizer's corpus
+
+
+def load_base(path: Path, config: RecipeConfig) -> tuple[PreTrainedModel, Collator]:
+    """A checkpoint directory's vision-language model, on the GPU when there is one, and a collator of its processor.
+
+    Raises: MoEAdapterError if there is no such checkpoint.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, attn_implementation=config.attention, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise MoEAdapterError(
+            f"--base {path}: got no vision-language checkpoint ({str(error).splitlines()[0]}); expected a directory "
+            "with a model and its processor, as save_pretrained writes them"
+        ) from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device), Collator(set_image_side(processor, config.image_side), config.max_length)
+
+
+def make_base(config: RecipeConfig, data: Data, out: Path, account: Account) -> Path:
+    """Pre-train a small Qwen2-VL on general text and general pictures, and save it with its processor into `out`."""
+    base = config.base
+    assert base is not None, "checked before the run"
+    tokenizer = train_tokenizer(_corpus(data, config), base.vocab_size)
+    processor = build_processor(tokenizer, config.image_side)
+    torch.manual_seed(config.seed)
+    model = build_model(base, tokenizer, config.attention)
+    account.say(
+        f"a Qwen2-VL of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, a byte-level BPE of "
+        f"{len(tokenizer)} tokens; general pre-training without any ultrasound"
+    )
+    general = GeneralData(base, tokenizer, config.image_side, config.seed)
+    train(model, general, Collator(processor, config.max_length), base.pretraining, config, out, account)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    return out
+
+
+def _corpus(data: Data, config: RecipeConfig) -> Iterator[str]:
+    """What the tokenizer is trained on: the general text, picture descriptions, and the training cases' texts."""
+    yield general_text()[0]
+    yield from (picture_example(index, config.image_side, config.seed).answer for index in range(CAPTIONS))
+    for example in examples_of(data.train, data.folder):
+        yield from (example.prompt, example.answer)
+
+
+def build_model(base: BaseConfig, tokenizer: Qwen2Tokenizer, attention: str) -> Qwen2VLForConditionalGeneration:
+    """A freshly initialised Qwen2-VL; all its sizes are the preset's, token ids the tokenizer's."""
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2VLConfig(
+        text_config={
+            **base.text,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={**base.vision, "hidden_size": base.text["hidden_size"]},
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+        attn_implementation=attention,
+    )
+    return Qwen2VLForConditionalGeneration(config)
+
+
+class GeneralData(Dataset):
+    """The pre-training mixture: general text, and general pictures, drawn when asked for."""
+
+    def __init__(self, base: BaseConfig, tokenizer: Qwen2Tokenizer, side: int, seed: int) -> None:
+        self.blocks = blocks(general_text()[0], tokenizer)
+        self.pictures, self.side, self.seed = base.pictures, side, seed
+
+    def __len__(self) -> int:
+        return len(self.blocks) + self.pictures
+
+    def __getitem__(self, index: int) -> Example | list[int]:
+        if index < len(self.blocks):
+            return self.blocks[index]
+        return picture_example(index - len(self.blocks), self.side, self.seed)

@@ -1,0 +1,155 @@
+"""The recipe's one configuration: a preset file, validated before anything runs (paper, Table 8)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.dataclasses import dataclass
+
+from moe_adapter import MoEAdapterError
+
+PRESETS = Path(__file__).parent / "presets"
+_FORBID_UNKNOWN = ConfigDict(extra="forbid")
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class PresetError(MoEAdapterError):
+    """A preset that cannot be found, read or validated."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
+class TrainingConfig:
+    """One training run of transformers' Trainer (AdamW)."""
+
+    learning_rate: PositiveFloat
+    epochs: PositiveFloat = 1.0
+    batch_size: PositiveInt = 1
+    accumulation: PositiveInt = 1
+    scheduler: str = "cosine"
+    warmup_ratio: Share = 0.03
+    weight_decay: NonNegativeFloat = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
+class LoRAConfig:
+    """Stage II's low-rank adapters (Table 8)."""
+
+    r: PositiveInt = 8
+    alpha: PositiveInt = 16
+    dropout: Share = 0.05
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
+class PhantomConfig:
+    """How many phantom cases to render when the user brings none."""
+
+    cases_per_organ: PositiveInt
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    frames: PositiveInt = 2
+    size: PositiveInt = 224
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
+class BaseConfig:
+    """A small general vision-language model, made when the user brings no checkpoint."""
+
+    vocab_size: PositiveInt
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    pictures: PositiveInt
+    pretraining: TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
+class EvaluationConfig:
+    """Greedy decoding of the held-out cases."""
+
+    batch_size: PositiveInt = 1
+    max_new_tokens: PositiveInt = 512
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
+class RecipeConfig:
+    """Everything the recipe can be told; the defaults live in `presets/paper.yaml`.
+
+    `image_side`: each frame is resized to about image_side² pixels. `moe`: arguments of
+    `moe_adapter.DualPathConfig`. `phantoms` and `base` are None where the preset expects
+    the user's own cases and checkpoint.
+    """
+
+    image_side: PositiveInt
+    max_length: PositiveInt
+    precision: Literal["auto", "fp32", "bf16"]
+    gradient_checkpointing: bool
+    attention: Literal["eager", "sdpa", "flash_attention_2"]
+    seed: int
+    moe: dict[str, Any]
+    lora: LoRAConfig
+    stage1: TrainingConfig
+    stage2: TrainingConfig
+    evaluation: EvaluationConfig
+    phantoms: PhantomConfig | None = None
+    base: BaseConfig | None = None
+
+
+def load_preset(name: str) -> RecipeConfig:
+    """Read `presets/NAME.yaml`, or a YAML file of the user's, with all that it extends.
+
+    Raises: PresetError, with the field, what was got and what is expected.
+    """
+    try:
+        return TypeAdapter(RecipeConfig).validate_python(_read(name))
+    except ValidationError as error:
+        raise PresetError(f"preset {name!r}: {'; '.join(map(_describe, error.errors()))}") from None
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise PresetError(f"unknown preset {name!r}: use one of {known}, or the path of a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PresetError(f"preset {name!r} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise PresetError(f"preset {name!r}: got {type(values).__name__}, expected a mapping of fields")
+    parent = values.pop("extends", None)
+    return _merge(_read(parent), values) if parent else values
+
+
+def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """The child's values over the parent's, section by section."""
+    merged = dict(parent)
+    for key, value in child.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _describe(error: Any) -> str:
+    """One pydantic error as `field: what is expected, got what`, with the nearest known name."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "unexpected_keyword_argument":
+        return f"{where}: {error['msg']}, got {error['input']!r}"
+    nearest = difflib.get_close_matches(str(error["loc"][-1]), _field_names(), n=1)
+    return f"{where}: unknown field" + (f", did you mean {nearest[0]!r}?" if nearest else "")
+
+
+def _field_names() -> list[str]:
+    sections = (RecipeConfig, TrainingConfig, LoRAConfig, PhantomConfig, BaseConfig, EvaluationConfig)
+    return [item.name for section in sections for item in dataclasses.fields(section)]

@@ -1,0 +1,117 @@
+"""The run's report: the paper's tables, Figure 5, α and λ, the show cases and the account, as report.md and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from examples.echovlm.account import Account
+from examples.echovlm.cases import Case
+from examples.echovlm.data import Data
+from examples.echovlm.evaluation import Scored
+from examples.echovlm.metrics import IMPLEMENTATIONS
+from examples.echovlm.routing import FIGURE
+from examples.echovlm.tables import findings_table, markdown, score_table
+from examples.echovlm.tasks import Example
+
+REPORT, RESULTS = "report.md", "results.json"
+SAMPLES = 7  # held-out reports shown beside their references
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What the recipe found. `scored` in the order of the tables, stage II last; `weights` by layer."""
+
+    scored: Sequence[Scored]
+    shuffled: Scored
+    static_loss: float
+    weights: list[dict[str, float]]
+    shown: list[tuple[Case, Example, str]]
+
+
+def write_results(out: Path, data: Data, results: Results, account: Account) -> Path:
+    """Write `report.md` and `results.json` into `out`, print the tables; returns the report's path."""
+    tables = _tables(results)
+    print("\n" + tables)
+    parts = [
+        "# EchoVLM recipe: what this run found\n",
+        tables,
+        f"## Where the tokens went (Figure 5)\n\n![routed tokens by organ and expert]({FIGURE}.png)\n",
+        _weights(results),
+        _samples(data, results),
+        _shown(results),
+        _account(account),
+    ]
+    report = out / REPORT
+    report.write_text("\n".join(parts), encoding="utf-8")
+    values = {
+        "models": [asdict(scored) for scored in [*results.scored, results.shuffled]],
+        "general_loss_static_only": results.static_loss,
+        "weights": results.weights,
+        "seconds": account.seconds,
+    }
+    (out / RESULTS).write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
+    print(f"\nreport: {report}")
+    return report
+
+
+def _tables(results: Results) -> str:
+    tuned = results.scored[-1]
+    losses = [(scored.name, scored.general_loss) for scored in results.scored if scored.general_loss is not None]
+    losses.append((f"{tuned.name}, static experts alone", results.static_loss))
+    return "\n".join(
+        [
+            "## Report generation on held-out cases\n",
+            f"{IMPLEMENTATIONS}\n",
+            score_table(results.scored) + "\n",
+            "## Findings stated right, per cent\n",
+            "An attribute of the case counts if the report states it with its value. With images shuffled, each case "
+            "is answered from another case of its organ: what a model gains over that, it has seen.\n",
+            findings_table([*results.scored, results.shuffled]) + "\n",
+            "## Loss on held-out general text, nats per token\n",
+            markdown(["model", "loss"], [(name, f"{loss:.3f}") for name, loss in losses]) + "\n",
+        ]
+    )
+
+
+def _weights(results: Results) -> str:
+    rows = [(layer, *(f"{value:.3f}" for value in row.values())) for layer, row in enumerate(results.weights)]
+    return "## α and λ by layer after stage II (equation 3)\n\n" + markdown(["layer", "α", "λ"], rows) + "\n"
+
+
+def _samples(data: Data, results: Results) -> str:
+    """The first held-out case of each organ, with stage II's answer."""
+    first = {case.organ: index for index, case in reversed(list(enumerate(data.test)))}
+    rows = [
+        (_cell(data.test[index].id), _cell(data.test[index].findings), _cell(results.scored[-1].answers[index]))
+        for index in sorted(first.values())[:SAMPLES]
+    ]
+    return "## Held-out reports\n\n" + markdown(["case", "reference", results.scored[-1].name], rows) + "\n"
+
+
+def _shown(results: Results) -> str:
+    if not results.shown:
+        return ""
+    rows = [(_cell(case.id), _cell(case.source), len(turn.images), _cell(said)) for case, turn, said in results.shown]
+    return (
+        "## Real frames without a report\n\nThe toy model has seen phantoms only; its words on real frames show that "
+        "the frames go through, not that it can read them.\n\n"
+        + markdown(["case", "source", "frames", "answer"], rows)
+        + "\n"
+    )
+
+
+def _account(account: Account) -> str:
+    lines = ["## What each step did\n"]
+    for step, said in account.lines.items():
+        lines.append(f"- **{step}** ({account.seconds.get(step, 0):.0f} s)")
+        lines += [f"  - {line}" for line in said]
+    lines.append(f"\nIn all {sum(account.seconds.values()):.0f} s.")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text of the data, inert inside a Markdown table."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("\n", " ")
