@@ -17,6 +17,10 @@ Target = str | re.Pattern | Iterable[str] | Callable[[str, nn.Module], bool]
 
 LANGUAGE_MODEL_FFN = "mlp"  # the target that means: the FFN of every block of the language model
 
+# Hints, used only where structure leaves several candidates.
+FFN_HINTS = ("mlp", "ffn", "feed_forward", "feedforward")  # which of a block's D → F → D parts is its FFN
+OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "perceiver", "resampler", "qformer", "projector")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -54,12 +58,13 @@ def find_sites(model: nn.Module, target: Target) -> list[Site]:
 
 def _language_model_sites(model: nn.Module) -> list[Site]:
     scope = _language_model(model)
+    stacks = {stack: blocks for stack, blocks in _stacks(model) if _inside(stack, scope)}
+    own = {stack: blocks for stack, blocks in stacks.items() if not _hinted(stack.removeprefix(scope), OTHER_TOWERS)}
     sites = _unique(
         _site(model, root, split)
-        for stack, blocks in _stacks(model)
-        if _inside(stack, scope)
+        for stack, blocks in (own or stacks).items()
         for index, block in enumerate(blocks)
-        for root, split in _ffns(block, f"{stack}.{index}")
+        for root, split in _ffns_of_block(block, f"{stack}.{index}")
     )
     if not sites:
         raise MoEAdapterError(
@@ -85,7 +90,7 @@ def _language_model(model: nn.Module) -> str:
     """
     names = {id(module): name for name, module in model.named_modules()}
     stacks = [stack for stack, _ in _stacks(model)]
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore
+    decoder = _decoder(model)
     if decoder is not model and id(decoder) in names and any(_inside(s, names[id(decoder)]) for s in stacks):
         return names[id(decoder)]
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # pyright: ignore
@@ -93,6 +98,12 @@ def _language_model(model: nn.Module) -> str:
     while scope and not any(_inside(stack, scope) for stack in stacks):
         scope = scope.rpartition(".")[0]
     return scope
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """What the model's `get_decoder` leads to, through however many wrappers; the model itself without one."""
+    inner = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore
+    return model if inner is model or inner is None else _decoder(inner)
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
@@ -114,6 +125,16 @@ def _ffns(module: nn.Module, name: str) -> list[tuple[str, bool]]:
         return [(name, False)]
     inside = [found for child_name, child in module.named_children() for found in _ffns(child, f"{name}.{child_name}")]
     return inside or ([(name, True)] if _fits(describe_split, module) else [])
+
+
+def _ffns_of_block(block: nn.Module, name: str) -> list[tuple[str, bool]]:
+    """The FFNs of a block; where low-rank or recurrent parts look like one too, those that are called one."""
+    found = _ffns(block, name)
+    return [ffn for ffn in found if _hinted(ffn[0].removeprefix(name), FFN_HINTS)] or found
+
+
+def _hinted(name: str, hints: tuple[str, ...]) -> bool:
+    return any(hint in name.lower() for hint in hints)
 
 
 def _fits(describer: Callable[[nn.Module], FeedForward], module: nn.Module) -> bool:
