@@ -19,7 +19,7 @@ DOWN_HINTS = ("down", "wo", "w2", "c_proj", "fc2", "out", "4h_to_h")  # the last
 ACTIVATION_HINTS = ("act", "gelu", "silu", "relu", "nonlin")  # attribute that holds the activation
 CONFIG_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "ff_activation")
 RESIDUAL_ARGUMENT = "residual"  # an FFN with this argument adds it to its output (Bloom, MPT)
-NOT_AN_FFN = ("attn", "attention", "router")  # parts of a block whose maps may look like an FFN's
+NOT_AN_FFN = ("attn", "attention", "router", "mamba", "conv", "adapter")  # parts whose maps may look like an FFN's
 
 Activation = Callable[..., Any]
 
@@ -57,6 +57,8 @@ def describe(module: nn.Module, config: Any = None) -> FeedForward:
     Raises:
         NotAnFFN: the module's linear maps don't form D → F → D, or it holds other parameters.
     """
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        raise NotAnFFN("it is a container without a forward of its own")
     parts = dict(_parts(module))
     ffn = _read(module, parts, config)
     covered = {id(p) for name in (ffn.gate, ffn.up, ffn.down) if name for p in parts[name].parameters()}
@@ -75,13 +77,15 @@ def describe_split(block: nn.Module, config: Any = None) -> FeedForward:
     Raises:
         NotAnFFN: the block's linear maps outside its attention don't form one D → F → D.
     """
-    parts = dict(_parts(block, skip=looks_like_attention))
+    parts = dict(_parts(block, skip=is_mixer))
     return dataclasses.replace(_read(block, parts, config), split=True)
 
 
-def looks_like_attention(name: str, module: nn.Module) -> bool:
-    """Whether a part of a block is not to be searched for an FFN."""
-    return any(hint in f"{name} {type(module).__name__}".lower() for hint in NOT_AN_FFN)
+def is_mixer(name: str, module: nn.Module) -> bool:
+    """Whether a part of a block is, by name or class, its attention or another part not to be searched for an FFN."""
+    kind = type(module).__name__
+    named = name if kind.endswith(("Layer", "Block")) else f"{name} {kind}"  # a block may be named for its attention
+    return any(hint in named.lower() for hint in NOT_AN_FFN)
 
 
 def _read(root: nn.Module, parts: dict[str, nn.Module], config: Any) -> FeedForward:

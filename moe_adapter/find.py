@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from moe_adapter.errors import MoEAdapterError
-from moe_adapter.ffn import FeedForward, NotAnFFN, describe, describe_split, is_linear, looks_like_attention
+from moe_adapter.ffn import FeedForward, NotAnFFN, describe, describe_split, is_linear, is_mixer
 
 Target = str | re.Pattern | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -19,7 +19,7 @@ LANGUAGE_MODEL_FFN = "mlp"  # the target that means: the FFN of every block of t
 
 # Hints, used only where structure leaves several candidates.
 FFN_HINTS = ("mlp", "ffn", "feed_forward", "feedforward")  # which of a block's D → F → D parts is its FFN
-OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "perceiver", "resampler", "qformer", "projector")
+OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "protein", "patcher", "perceiver", "resampler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequenti
 
 def _ffns(module: nn.Module, name: str) -> list[tuple[str, bool]]:
     """The FFNs in a part of a model, topmost first: (name, False), or (name of a block, True) for split ones."""
-    if is_linear(module) or looks_like_attention(name.rpartition(".")[2], module):
+    if is_linear(module) or is_mixer(name.rpartition(".")[2], module):
         return []
     if _fits(describe, module):
         return [(name, False)]
@@ -128,8 +128,12 @@ def _ffns(module: nn.Module, name: str) -> list[tuple[str, bool]]:
 
 
 def _ffns_of_block(block: nn.Module, name: str) -> list[tuple[str, bool]]:
-    """The FFNs of a block; where low-rank or recurrent parts look like one too, those that are called one."""
+    """The FFNs of a block: whole ones before split ones, and of several those that are called one.
+
+    Low-rank and recurrent parts look like an FFN too.
+    """
     found = _ffns(block, name)
+    found = [ffn for ffn in found if not ffn[1]] or found
     return [ffn for ffn in found if _hinted(ffn[0].removeprefix(name), FFN_HINTS)] or found
 
 

@@ -1,0 +1,57 @@
+"""A sample of the architecture matrix, one model type for each structure of feed-forward block; slowly, all of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.matrix.build import MODEL_TYPES, build
+from tests.matrix.checks import examine
+from tests.matrix.runner import run
+from tests.matrix.structure import NotDense, expected_sites
+
+SAMPLE = {
+    "llama": "gate, up and down",
+    "phi3": "gate and up in one map",
+    "modernbert-decoder": "gate and up in one map, the input's half first",
+    "gpt2": "Conv1D, ungated, biases",
+    "bloom": "adds the residual itself, holds its activation as a module",
+    "ctrl": "a Sequential",
+    "opt": "two maps beside the attention",
+    "bert": "two maps in two modules, the second adds residual and norm",
+    "xlm": "a list of feed-forward blocks beside a list of attentions",
+    "cpmant": "a container that adds norm and residual",
+    "lfm2": "a hybrid's blocks, with and without attention",
+    "qwen2_vl": "a decoder beside a vision tower",
+    "t5gemma2": "the decoder of an encoder-decoder",
+}
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_architecture(model_type):
+    outcome = examine(model_type)
+    assert outcome.status == "passed", outcome.reason
+    assert outcome.sites == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"), [("mixtral", "routed experts already"), ("mamba", "no feed-forward block")]
+)
+def test_what_is_not_dense_is_told_apart_by_structure(model_type, why):
+    with pytest.raises(NotDense, match=why):
+        expected_sites(build(model_type).model)
+
+
+def test_a_crash_is_one_outcome_and_the_run_goes_on(monkeypatch):
+    monkeypatch.setattr("tests.matrix.runner.examine", lambda name: exit(3) if name == "gpt2" else examine(name))
+    outcomes = {outcome.model_type: outcome for outcome in run(["gpt2", "llama"])}
+    assert outcomes["gpt2"].status == "not built" and "exit code 3" in outcomes["gpt2"].reason
+    assert outcomes["llama"].status == "passed"
+
+
+@pytest.mark.slow
+def test_nineteen_of_twenty_dense_architectures_pass():
+    outcomes = list(run(list(MODEL_TYPES)))
+    dense = [outcome for outcome in outcomes if outcome.status in ("passed", "failed")]
+    failed = {outcome.model_type: outcome.reason for outcome in dense if outcome.status == "failed"}
+    assert len(dense) >= 138
+    assert len(failed) <= 0.05 * len(dense), failed
