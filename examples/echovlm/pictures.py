@@ -1,7 +1,7 @@
-"""General image-text pairs for the base model: shapes on plain or textured grounds, described in words.
+"""General image-text pairs for the base model: a shape on a grainy ground, seen in one or two pictures.
 
-Nothing here comes from ultrasound: the pictures teach position, size, tone, texture and edge, the
-words for them in English and Chinese, and that two pictures can stand in one question.
+Nothing here comes from ultrasound: the pictures teach position, size, tone, outline and what lies below a shape, the
+words for them in English and Chinese, and that two pictures can show the same thing.
 """
 
 from __future__ import annotations
@@ -14,27 +14,24 @@ from PIL import Image
 from examples.echovlm.tasks import Example
 
 TONES = {
-    "black": ("黑色", (12, 12, 12)),
-    "dark": ("深灰", (70, 70, 70)),
-    "grey": ("灰色", (125, 125, 125)),
-    "light": ("浅灰", (180, 180, 180)),
-    "white": ("白色", (240, 240, 240)),
-    "red": ("红色", (210, 40, 40)),
-    "blue": ("蓝色", (45, 70, 215)),
+    "black": ("黑", (15, 15, 15)),
+    "grey": ("灰", (110, 110, 110)),
+    "white": ("白", (235, 235, 235)),
+    "red": ("红", (210, 40, 40)),
+    "blue": ("蓝", (45, 70, 215)),
 }
-KINDS = {"disc": "圆", "oval": "椭圆", "blob": "斑块", "ring": "环", "bar": "横条"}
-GROUNDS = {"smooth": "平滑", "grainy": "颗粒", "striped": "条纹"}
-ROWS = {"upper": "上", "middle": "中", "lower": "下"}
+KINDS = {"disc": "圆", "oval": "椭圆", "blob": "斑块"}
+ROWS = {"upper": "上", "lower": "下"}
 COLUMNS = {"left": "左", "centre": "中", "right": "右"}
-BELOW = {"nothing": "无", "shade": "暗带", "glow": "亮带"}
-WIDTHS = (15, 20, 30, 40, 50)  # percent of the picture's width
-FLATNESS = {"oval": 0.6, "bar": 0.25}  # height over width
-GREYS = ("black", "dark", "grey", "light", "white")
+BELOW = {"nothing": ("无", 1.0), "shade": ("暗", 0.35), "glow": ("亮", 1.7)}  # factor on the ground's brightness
+WIDTHS = (15, 30, 50)  # per cent of the picture's width
+GROUNDS = (60, 110, 170)  # grey levels
+EMPTY_SHARE, QUESTION_SHARE, CHINESE_SHARE, PAIR_SHARE = 0.12, 0.2, 1 / 3, 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One shape of a picture; each field is a word that the description uses."""
+    """What the pictures of an example show; each field is a word of the description."""
 
     kind: str
     tone: str
@@ -45,84 +42,58 @@ class Shape:
 
     def describe(self, language: str) -> str:
         if language == "zh":
-            below = "" if self.below == "nothing" else f",下有{BELOW[self.below]}"
             place = COLUMNS[self.column] + ROWS[self.row]
-            return f"{place}{TONES[self.tone][0]}{KINDS[self.kind]},宽{self.width}{below}"
-        below = "" if self.below == "nothing" else f", {self.below} below"
-        return f"{self.row} {self.column} {self.tone} {self.kind}, width {self.width}{below}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scene:
-    """A ground and up to two shapes on it."""
-
-    ground: str
-    tone: str
-    shapes: tuple[Shape, ...]
-
-    def describe(self, language: str) -> str:
-        if language == "zh":
-            ground = f"{TONES[self.tone][0]}{GROUNDS[self.ground]}背景"
-            return ";".join([ground, *(shape.describe("zh") for shape in self.shapes)]) + "。"
-        ground = f"{self.tone} {self.ground} ground"
-        return "; ".join([ground, *(shape.describe("en") for shape in self.shapes)]) + "."
+            return f"{place}{TONES[self.tone][0]}{KINDS[self.kind]}，宽{self.width}，下{BELOW[self.below][0]}。"
+        return f"{self.column} {self.row} {self.tone} {self.kind}, width {self.width}, {self.below} below."
 
 
 def picture_example(index: int, side: int, seed: int) -> Example:
     """The `index`-th example of an endless, reproducible series: one or two pictures, described or asked about."""
     rng = np.random.default_rng((seed, index))
-    language = "zh" if rng.random() < 1 / 3 else "en"
-    scenes = [draw_scene(rng) for _ in range(2 if rng.random() < 0.5 else 1)]
-    images = tuple(render(scene, side, rng) for scene in scenes)
-    prompt, answer = _task(scenes, language, rng)
+    language = "zh" if rng.random() < CHINESE_SHARE else "en"
+    shape = None if rng.random() < EMPTY_SHARE else _draw_shape(rng)
+    levels = [level for level in GROUNDS if shape is None or level != TONES[shape.tone][1][0]]
+    ground = int(rng.choice(levels))
+    pictures = 2 if rng.random() < PAIR_SHARE else 1
+    images = tuple(render(shape, ground, side, rng) for _ in range(pictures))
+    prompt, answer = _task(shape, language, rng)
     return Example(prompt=prompt, answer=answer, images=images)
 
 
-def _task(scenes: list[Scene], language: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Prompt and answer: describe every picture, or tell one property of the first shape."""
-    asked = scenes[0].shapes[0] if scenes[0].shapes and rng.random() < 0.3 else None
-    if asked is None:
-        lines = [scene.describe(language) for scene in scenes]
-        return {"en": "Describe what is shown.", "zh": "描述所示内容。"}[language], "\n".join(lines)
-    if rng.random() < 0.5:
-        words = {"en": f"{asked.width}", "zh": f"{asked.width}"}
-        questions = {"en": "How wide is the first shape?", "zh": "第一个形状多宽?"}
-    else:
-        words = {"en": f"{asked.tone}", "zh": TONES[asked.tone][0]}
-        questions = {"en": "Which tone has the first shape?", "zh": "第一个形状是什么颜色?"}
-    return questions[language], words[language]
+def _task(shape: Shape | None, language: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Prompt and answer: describe what is shown, or tell one property of the shape."""
+    zh = language == "zh"
+    if shape is None:
+        return ("描述图像。", "无。") if zh else ("Describe the picture.", "nothing.")
+    questions = {
+        "How wide is it?": (f"{shape.width}", "多宽？", f"{shape.width}"),
+        "Which tone has it?": (shape.tone, "什么颜色？", TONES[shape.tone][0]),
+        "On which side is it?": (shape.column, "在哪一侧？", COLUMNS[shape.column]),
+    }
+    if rng.random() < QUESTION_SHARE:
+        question = str(rng.choice(list(questions)))
+        answer, question_zh, answer_zh = questions[question]
+        return (question_zh, answer_zh) if zh else (question, answer)
+    return "描述图像。" if zh else "Describe the picture.", shape.describe(language)
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """A random scene; two shapes never share a place, and a shape never has the tone of its ground."""
-    tone = str(rng.choice(GREYS))
-    places = sorted(rng.permutation(9)[: rng.choice(3, p=(0.1, 0.6, 0.3))])
-    shapes = tuple(_draw_shape(int(place), tone, rng) for place in places)
-    return Scene(ground=str(rng.choice(list(GROUNDS))), tone=tone, shapes=shapes)
-
-
-def _draw_shape(place: int, ground_tone: str, rng: np.random.Generator) -> Shape:
+def _draw_shape(rng: np.random.Generator) -> Shape:
     return Shape(
         kind=str(rng.choice(list(KINDS))),
-        tone=str(rng.choice([tone for tone in TONES if tone != ground_tone])),
-        row=list(ROWS)[place // 3],
-        column=list(COLUMNS)[place % 3],
+        tone=str(rng.choice(list(TONES))),
+        row=str(rng.choice(list(ROWS))),
+        column=str(rng.choice(list(COLUMNS))),
         width=int(rng.choice(WIDTHS)),
-        below=str(rng.choice(list(BELOW), p=(0.6, 0.2, 0.2))),
+        below=str(rng.choice(list(BELOW))),
     )
 
 
-def render(scene: Scene, side: int, rng: np.random.Generator) -> Image.Image:
-    """The scene as an RGB image of side × side pixels."""
-    y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
-    canvas = np.empty((side, side, 3), np.float32)
-    canvas[:] = TONES[scene.tone][1]
-    if scene.ground == "striped":
-        canvas *= 1 + 0.25 * np.sin(40 * (y * rng.uniform(0.5, 1) + x * rng.uniform(-0.5, 0.5)))[..., None]
-    for shape in scene.shapes:
-        _paint(canvas, shape, x, y, rng)
-    if scene.ground == "grainy":
-        canvas *= _grain(side, rng)
+def render(shape: Shape | None, ground: int, side: int, rng: np.random.Generator) -> Image.Image:
+    """The shape on its ground as an RGB image of side × side pixels; its place varies within its cell."""
+    canvas = np.full((side, side, 3), ground, np.float32)
+    if shape is not None:
+        _paint(canvas, shape, rng)
+    canvas *= _grain(side, rng)
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
 
@@ -133,25 +104,21 @@ def _grain(side: int, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(noise.resize((side, side), Image.Resampling.BILINEAR))[..., None]
 
 
-def _paint(canvas: np.ndarray, shape: Shape, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> None:
-    centre_x = (list(COLUMNS).index(shape.column) + rng.uniform(0.3, 0.7)) / 3
-    centre_y = (list(ROWS).index(shape.row) + rng.uniform(0.3, 0.7)) / 3
+def _paint(canvas: np.ndarray, shape: Shape, rng: np.random.Generator) -> None:
+    side = canvas.shape[0]
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
+    centre_x = (list(COLUMNS).index(shape.column) + rng.uniform(0.35, 0.65)) / len(COLUMNS)
+    centre_y = (list(ROWS).index(shape.row) + rng.uniform(0.3, 0.7)) / len(ROWS)
     radius = shape.width / 200
-    dx, dy = (x - centre_x) / radius, (y - centre_y) / (radius * FLATNESS.get(shape.kind, 1))
-    cover = np.clip(-_outside(shape.kind, dx, dy, rng) / rng.uniform(0.05, 0.4) + 0.5, 0, 1)[..., None]
-    if shape.below != "nothing":
-        beam = (np.abs(dx) < 0.8) & (dy > 0)
-        canvas[beam] *= 0.35 if shape.below == "shade" else 1.7
+    dx, dy = (x - centre_x) / radius, (y - centre_y) / radius
+    canvas[(np.abs(dx) < 0.8) & (dy > 0)] *= BELOW[shape.below][1]
+    cover = np.clip(-_outside(shape.kind, dx, dy, rng) / 0.1 + 0.5, 0, 1)[..., None]
     canvas[:] = canvas * (1 - cover) + np.asarray(TONES[shape.tone][1], np.float32) * cover
 
 
 def _outside(kind: str, dx: np.ndarray, dy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Distance to the shape's outline in radii, negative inside."""
-    if kind == "bar":
-        return np.maximum(np.abs(dx), np.abs(dy)) - 1
-    distance = np.hypot(dx, dy) - 1
-    if kind == "ring":
-        return np.abs(distance + 0.2) - 0.2
+    distance = np.hypot(dx, dy / 0.6 if kind == "oval" else dy) - 1
     if kind == "blob":
         return distance + 0.25 * np.sin(rng.integers(4, 7) * np.arctan2(dy, dx) + rng.uniform(0, 6))
     return distance
