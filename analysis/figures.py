@@ -79,7 +79,7 @@ def _checked_layer(record: RoutingRecord, layer: int) -> int:
 
 def _heights(load: ExpertLoad, label: str, **only: str) -> np.ndarray:
     """Counts (E,) of one series."""
-    return sum(load.total(modality=modality, **only) for modality in SERIES[label][0])  # type: ignore[return-value]
+    return np.sum([load.total(modality=modality, **only) for modality in SERIES[label][0]], axis=0)
 
 
 def _panels(record: RoutingRecord, load: ExpertLoad, groups: Sequence[str] | None) -> dict[str, dict[str, np.ndarray]]:
@@ -109,7 +109,7 @@ def _grid(panels: int, width_mm: float, *, sharey: bool) -> tuple[Figure, list[A
 
 def _draw_panel(ax: Axes, counts: dict[str, np.ndarray], share: bool) -> None:
     """Stacked bars, one per expert."""
-    total = sum(counts.values())
+    total = np.sum(list(counts.values()), axis=0)
     scale = 100 / total.sum() if share and total.sum() else 1
     experts = np.arange(len(total))
     bottom = np.zeros(len(total))

@@ -100,13 +100,11 @@ class ForwardWatch:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if self._generation is not None:  # a wrapper's generate calls its model's
-                return original(*args, **kwargs)
-            self._generation = _generation(source, args, kwargs)
+            outer, self._generation = self._generation, _generation(source, args, kwargs)
             try:
                 return original(*args, **kwargs)
             finally:
-                self._generation = None
+                self._generation = outer
 
         source.generate = generate  # type: ignore[assignment]
         self._cleanup.callback(lambda: setattr(source, "generate", own) if own else delattr(source, "generate"))
@@ -130,16 +128,16 @@ def _sources(model: nn.Module, blocks: list[RoutedBlock]) -> dict[nn.Module, lis
 
 def _generation(model: Any, args: tuple, kwargs: dict) -> Generation:
     """What is known of a call of generate before it runs."""
-    prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    if prompt is None:
-        prompt = kwargs.get("inputs_embeds")
+    given = (*args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds")))
+    prompt = next((value for value in given if value is not None), None)
     if prompt is None:
         raise MoEAdapterError("generate was called without a prompt; give it input_ids or inputs_embeds to record it.")
     mask = kwargs.get("attention_mask")
+    mask = mask if is_padding_mask(mask) else None
     return Generation(
         rows=prompt.shape[0],
-        prompt_columns=prompt.shape[1],
-        prompt_mask=mask if is_padding_mask(mask) else None,
+        prompt_columns=(prompt if mask is None else mask).shape[1],  # over a filled cache, ids may be the new ones only
+        prompt_mask=mask,
         stop_ids=_stop_ids(model, kwargs),
     )
 

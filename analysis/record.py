@@ -42,8 +42,9 @@ def record_routing(
     """Record every token that the routers of the model's language model see, to a Parquet file at `path`.
 
     One row per token, layer and top-k slot (`schema.SCHEMA`). Padding is left out, and so is what a batch feeds
-    after a sequence's end; in one call of `generate` each token counts once, cached or not; recomputation under
-    gradient checkpointing does not count. Text that was not generated, reference answers included, is "prompt".
+    after a sequence's end; in one call of `generate` each token of a row counts once, cached or not (beams are rows);
+    recomputation under gradient checkpointing does not count. Text that was not generated, reference answers
+    included, is "prompt".
 
     The file appears when the block ends without an error and has recorded something. At most `row_group_rows` rows
     wait in memory. torch.compile is off inside the block. Each process of a distributed run records what it sees

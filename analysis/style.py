@@ -13,9 +13,9 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 MM = 1 / 25.4  # inches
-SINGLE_COLUMN_MM, DOUBLE_COLUMN_MM = 89.0, 183.0
+DOUBLE_COLUMN_MM = 183.0
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 7,
     "axes.titlesize": 7,
     "axes.titlelocation": "left",

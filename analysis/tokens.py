@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Forward:
         if is_padding_mask(mask):
             self.past = mask.shape[1] - self.shape[1]
         else:
-            self.past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+            self.past = 0 if cache is None else int(cache.get_seq_length())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,7 +65,7 @@ class TokenFacts:
     token_id_BS: np.ndarray
 
 
-def is_padding_mask(mask: Any) -> bool:
+def is_padding_mask(mask: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2
 
 

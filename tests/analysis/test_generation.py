@@ -33,6 +33,21 @@ def test_generation_equals_one_forward_over_its_answer(vlm, text_batch, record, 
     assert routes(record(vlm, lambda: vlm.generate(**batch, **GREEDY, **WAYS[way]))) == expected
 
 
+@pytest.mark.parametrize("given", ["whole", "new"])
+def test_a_second_turn_over_the_first_ones_cache(vlm, text_batch, record, given):
+    first = vlm.generate(**text_batch("left"), **GREEDY, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, torch.full((3, 2), 9)], dim=1)
+    mask = torch.cat([text_batch("left")["attention_mask"], torch.ones(3, 5 + 2, dtype=torch.long)], dim=1)
+
+    def run():
+        turn = ids if given == "whole" else ids[:, -3:]  # the first answer's last token is not in the cache
+        vlm.generate(turn, attention_mask=mask, cache=first.cache, **GREEDY)
+
+    rows = record(vlm, run).table(["position", "modality"], pc.field("case") == "0").to_pylist()[::4]
+    assert [row["modality"] for row in rows] == ["prompt"] * 3 + ["generated"] * 4
+    assert [row["position"] for row in rows] == list(range(7 + 4, 7 + 4 + 7))
+
+
 @pytest.mark.parametrize("way", ["cached", "uncached"])
 def test_images_in_the_prompt(vlm, image_batch, record, way):
     batch = image_batch("left")
@@ -80,6 +95,7 @@ def test_rows_of_several_answers_belong_to_their_case(vlm, text_batch, record):
     result = record(vlm, lambda: vlm.generate(**batch, **GREEDY, num_beams=2), cases=["a", "b", "c"])
     counts = {tuple(row.values())[:2]: row["count"] // 4 for row in result.count(["case", "modality"]).to_pylist()}
     assert {case: counts[case, "generated"] for case in "abc"} == dict.fromkeys("abc", 8)
+    assert {case: counts[case, "prompt"] for case in "abc"} == {"a": 2 * 7, "b": 2 * 5, "c": 2 * 3}
 
 
 def test_names_of_batches(mixtral, text_batch, record, tmp_path):

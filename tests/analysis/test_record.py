@@ -206,6 +206,17 @@ def test_layers_that_never_ran_and_shares(vlm, text_batch, record):
     assert facts.layers[1].lam is not None
 
 
+def test_layers_may_be_switched_off_on_the_way(vlm, text_batch, record):
+    first = next(iter(dual_path_layers(vlm).values()))
+
+    def run():
+        for first.static_only in (False, True, False):
+            vlm(**text_batch("left"))
+
+    counts = {row["layer"]: row["count"] for row in record(vlm, run).count(["layer"]).to_pylist()}
+    assert counts == {0: 2 * 15 * 2, 1: 3 * 15 * 2}
+
+
 def test_an_error_leaves_model_and_older_record_as_they_were(vlm, text_batch, record, tmp_path):
     batch = text_batch("left")
     before = record(vlm, lambda: vlm(**batch)).table()
