@@ -135,7 +135,7 @@ def imported_libraries(folder: Path) -> set[str]:
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
-    own = {path.stem for path in (*ROOT.iterdir(), *(ROOT / "tests").rglob("*.py"))}
+    own = {path.stem for path in (*ROOT.iterdir(), *(ROOT / "tests").rglob("*"))}
     return {
         canonicalize_name(DISTRIBUTIONS.get(module, [module])[0])
         for module in modules - own - set(sys.stdlib_module_names)

@@ -24,11 +24,12 @@ def run(config: RecipeConfig, *, cases_file: Path | None, base: Path | None, out
     """
     _check_complete(config, cases_file, base)
     account = Account()
+    loaded = load_base(base, config) if base else None  # first, since it may be refused
     with account.step("Cases"):
         data = load_data(config, cases_file, out, account)
     with account.step("Base model"):
         base = base or make_base(config, data, out / "base", account)
-        model, collator = load_base(base, config)
+        model, collator = loaded or load_base(base, config)
     evaluator = Evaluator(data, collator, config, account)
     with account.step("Evaluate the base"):
         most_common = evaluator.score("most common report", most_common_reports(data.train, data.test))

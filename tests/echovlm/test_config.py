@@ -1,0 +1,71 @@
+"""Presets: what they hold, how they extend one another, and what a faulty one says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from examples.echovlm.config import PresetError, load_preset
+from moe_adapter import DualPathConfig
+
+
+def _preset(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_the_paper_preset_is_table_8() -> None:
+    paper = load_preset("paper")
+    assert DualPathConfig(**paper.moe) == DualPathConfig()
+    assert (paper.lora.r, paper.lora.alpha, paper.lora.dropout) == (8, 16, 0.05)
+    assert (paper.stage1.learning_rate, paper.stage2.learning_rate) == (1e-3, 2e-5)
+    for stage in (paper.stage1, paper.stage2):
+        assert (stage.epochs, stage.batch_size, stage.weight_decay) == (1, 1, 0)
+        assert (stage.scheduler, stage.warmup_ratio) == ("cosine", 0.03)
+    assert (paper.image_side, paper.max_length, paper.precision) == (392, 32768, "bf16")
+    assert paper.gradient_checkpointing
+    assert paper.base is None
+    assert paper.phantoms is None
+
+
+def test_tiny_keeps_what_size_does_not_force() -> None:
+    paper, tiny = load_preset("paper"), load_preset("tiny")
+    for name in ("num_experts", "top_k", "balance_coef"):
+        assert tiny.moe[name] == paper.moe[name]
+    assert tiny.lora == paper.lora
+    for mine, theirs in ((tiny.stage1, paper.stage1), (tiny.stage2, paper.stage2)):
+        assert (mine.scheduler, mine.warmup_ratio, mine.weight_decay) == (
+            theirs.scheduler,
+            theirs.warmup_ratio,
+            theirs.weight_decay,
+        )
+
+
+def test_a_file_of_the_users_extends_a_preset_section_by_section(tmp_path: Path) -> None:
+    mine = load_preset(_preset(tmp_path, "extends: paper\nstage1: {epochs: 3}\n"))
+    assert mine.stage1.epochs == 3
+    assert mine.stage1.learning_rate == 1e-3
+    assert mine.stage2 == load_preset("paper").stage2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "extends: paper\nstage1: {learning_rat: 1}",
+            r"stage1\.learning_rat: unknown field, did you mean 'learning_rate'",
+        ),
+        ("extends: paper\nstage1: {batch_size: 0}", r"stage1\.batch_size: .*greater than 0, got 0"),
+        ("extends: paper\nprecision: fp8", r"precision: .*'auto', 'fp32' or 'bf16', got 'fp8'"),
+        ("extends: paper\nimage_side: many", r"image_side: .*got 'many'"),
+        ("extends: papre", r"unknown preset 'papre': use one of paper, tiny"),
+        ("image_side: 112", r"max_length: Field required"),
+        ("[1, 2]", r"got list, expected a mapping"),
+        ("a: [", r"no valid YAML"),
+    ],
+)
+def test_a_faulty_preset_says_field_and_cure(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(PresetError, match=message):
+        load_preset(_preset(tmp_path, text))
