@@ -155,11 +155,20 @@ def _sites_at(model: nn.Module, name: str) -> list[Site]:
     if is_linear(module):
         for end in range(name.count("."), 0, -1):
             block = ".".join(name.split(".")[:end])
-            if _fits(describe_split, model.get_submodule(block)):
+            if name.removeprefix(block + ".") in _split_maps(model.get_submodule(block)):
                 return [_site(model, block, True)]
     if found := _ffns(module, name):
         return [_site(model, root, split) for root, split in found]
     return [_site(model, name, False)]
+
+
+def _split_maps(block: nn.Module) -> set[str | None]:
+    """The names of the maps of the split FFN that a block holds; none where it holds none."""
+    try:
+        ffn = describe_split(block)
+    except NotAnFFN:
+        return set()
+    return {ffn.gate, ffn.up, ffn.down}
 
 
 def _site(model: nn.Module, name: str, split: bool) -> Site:

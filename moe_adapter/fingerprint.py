@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from moe_adapter.objective import dual_path_layers
+from moe_adapter.offload import weights_in_place
+from moe_adapter.surgery import plain_name
 
 SAMPLES = 64  # values hashed of each weight
 
@@ -19,14 +21,15 @@ def fingerprint(model: nn.Module) -> dict[str, dict[str, Any]]:
     Values are rounded to bfloat16 first, so that a base loaded in another dtype has the same hash. The hash is None
     where weights are quantised, on the meta device, or sharded, and so can't be compared.
     """
-    return {name: describe_module(layer.static_expert) for name, layer in dual_path_layers(model).items()}
+    return {plain_name(name): describe_module(layer.static_expert) for name, layer in dual_path_layers(model).items()}
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
     """Shapes and hash of one static expert."""
-    weights = {name: parameter for name, parameter in module.named_parameters() if "lora_" not in name}
-    plain = {name.replace("base_layer.", ""): parameter.detach() for name, parameter in weights.items()}
-    return {"shapes": {name: list(tensor.shape) for name, tensor in plain.items()}, "hash": _hash(plain)}
+    with weights_in_place(module):
+        weights = {name: parameter for name, parameter in module.named_parameters() if "lora_" not in name}
+        plain = {plain_name(name): parameter.detach() for name, parameter in weights.items()}
+        return {"shapes": {name: list(tensor.shape) for name, tensor in plain.items()}, "hash": _hash(plain)}
 
 
 def _hash(tensors: dict[str, torch.Tensor]) -> str | None:

@@ -11,6 +11,7 @@ from torch import nn
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.ffn import weight_and_bias
 from moe_adapter.layer import DualPathMoE
+from moe_adapter.offload import weights_in_place
 
 DEFAULT_STD = 0.02
 
@@ -37,7 +38,8 @@ def initialise(layer: DualPathMoE, host: nn.Module, model_config: Any = None) ->
         else:
             parameter.normal_(0.0, std)
     if config.expert_init == "ffn_slice":
-        _slices(layer, host)
+        with weights_in_place(host):
+            _slices(layer, host)
     if layer.coefficient is not None:
         _start_coefficient(layer)
     if config.preserve_base:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import nn
 
 from moe_adapter.backends import check_backend
+from moe_adapter.budget import fit_budget
 from moe_adapter.config import DualPathConfig, resolve_dim
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.find import LANGUAGE_MODEL_FFN, Site, Target, find_sites
 from moe_adapter.layer import DualPathMoE
+from moe_adapter.offload import execution_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,8 @@ def plan_injection(
     model: nn.Module,
     target: Target = LANGUAGE_MODEL_FFN,
     config: DualPathConfig | None = None,
+    *,
+    budget: int | str | None = None,
     **overrides: Any,
 ) -> Plan:
     """Find what `target` means and count what `inject_dual_path_moe` would add, without touching the model.
@@ -95,30 +100,75 @@ def plan_injection(
         target: "mlp" for the FFN of every block of the language model, whatever the architecture calls it; another
             suffix of module names, a list of them, a regex, or a callable (name, module) -> bool.
         config: the sizes; `overrides` change single fields of it.
+        budget: the most parameters to add, such as 200_000_000 or "200M": the experts become as wide as it allows, in
+            multiples of 8 and in the config's proportion of shared to routed.
 
     Raises:
-        MoEAdapterError: nothing matches, a match is no FFN, or the config doesn't fit.
+        MoEAdapterError: nothing matches, a match is no FFN, the config doesn't fit, or the budget is too small.
     """
-    config = (config or DualPathConfig()).replace(**overrides) if overrides else config or DualPathConfig()
+    check_module(model)
+    target, config = _checked_target(target), _checked_config(config)
+    config = config.replace(**overrides) if overrides else config
     check_backend(config.backend)
     if any(isinstance(module, DualPathMoE) for module in model.modules()):
         raise MoEAdapterError(
             "the model has dual-path layers already: eject_dual_path_moe(model) first, or load_adapter."
         )
     sites = _chosen(find_sites(model, target), config)
-    rows = tuple(_row(site, config) for site in sites)
+    if budget is not None:
+        width = sites[0].ffn.intermediate
+        config = fit_budget(config, width, budget, lambda c: sum(_row(model, site, c).added for site in sites))
+    rows = tuple(_row(model, site, config) for site in sites)
     base = sum(parameter.numel() for parameter in model.parameters())
     return Plan(config=config, sites=tuple(sites), rows=rows, base=base)
 
 
-def new_layer(site: Site, config: DualPathConfig, device: torch.device | None = None) -> DualPathMoE:
-    """An uninitialised dual-path layer for `site`, on the device and in the dtype of the FFN it joins."""
-    home, dtype = _device_and_dtype(site)
-    return DualPathMoE(site.module, site.ffn, config, device=device or home, dtype=dtype)
+def check_module(model: Any) -> None:
+    """Raises MoEAdapterError for what is no module, such as a model's name."""
+    if not isinstance(model, nn.Module):
+        raise MoEAdapterError(
+            f"got {type(model).__name__} {str(model)[:40]!r} for the model, expected a torch.nn.Module: load it first."
+        )
 
 
-def _row(site: Site, config: DualPathConfig) -> PlanRow:
-    new = new_layer(site, config, torch.device("meta")).new_parameters().values()
+def _checked_config(config: Any) -> DualPathConfig:
+    if config is None:
+        return DualPathConfig()
+    if not isinstance(config, DualPathConfig):
+        raise MoEAdapterError(
+            f"got {type(config).__name__} for the config, expected a DualPathConfig: DualPathConfig(…) or "
+            "DualPathConfig.from_dict(…) makes one."
+        )
+    return config
+
+
+def _checked_target(target: Any) -> Any:
+    """The target, an iterable as a tuple. Raises MoEAdapterError for what can't name modules."""
+    if isinstance(target, str):
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise MoEAdapterError(f"target {target!r} is neither a name nor a regex: {error}.") from error
+        return target
+    if isinstance(target, re.Pattern) or callable(target):
+        return target
+    parts: Any = tuple(map(_checked_target, target)) if isinstance(target, Iterable) else ()
+    if not parts:
+        raise MoEAdapterError(
+            f"got the target {target!r}, expected a suffix of module names, a list of them, a regex, or a callable "
+            "(name, module) -> bool."
+        )
+    return parts
+
+
+def new_layer(model: nn.Module, site: Site, config: DualPathConfig, device: torch.device | None = None) -> DualPathMoE:
+    """An uninitialised dual-path layer for `site` of `model`, on the device and in the dtype of the FFN it joins."""
+    device = device or execution_device(site.module)
+    return DualPathMoE(site.module, site.ffn, config, device=device, dtype=_dtype(model, site.module))
+
+
+def _row(model: nn.Module, site: Site, config: DualPathConfig) -> PlanRow:
+    new = new_layer(model, site, config, torch.device("meta")).new_parameters().values()
     width = site.ffn.intermediate
     return PlanRow(
         name=site.name,
@@ -141,8 +191,15 @@ def _chosen(sites: list[Site], config: DualPathConfig) -> list[Site]:
     return [sites[index] for index in sorted(config.layers)]
 
 
-def _device_and_dtype(site: Site) -> tuple[torch.device, torch.dtype]:
-    """Those of the FFN's parameters; over integers (a quantised base) the first floating parameter's dtype."""
-    tensors: list[torch.Tensor] = list(site.module.parameters())
-    floats: Iterator[torch.dtype] = (t.dtype for t in tensors if t.is_floating_point() and t.element_size() >= 2)
-    return tensors[0].device, next(floats, torch.get_default_dtype())
+def _dtype(model: nn.Module, ffn: nn.Module) -> torch.dtype:
+    """That of the FFN's weights; over integers, the narrower of what the FFN computes in and the model is kept in."""
+    if own := _floats(ffn):
+        return own[0]
+    computes_in = [dtype for part in ffn.modules() if (dtype := getattr(part, "compute_dtype", None))]
+    return min(
+        [*computes_in[:1], *_floats(model)[:1]], key=lambda dtype: dtype.itemsize, default=torch.get_default_dtype()
+    )
+
+
+def _floats(module: nn.Module) -> list[torch.dtype]:
+    return [p.dtype for p in module.parameters() if p.is_floating_point() and p.element_size() >= 2]

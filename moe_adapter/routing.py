@@ -71,7 +71,7 @@ class RoutingLog:
             self.last = ForwardPass(is_open=False)
         call = call._replace(mask_T=token_mask(self.last.mask, shape))
         self.last.calls.setdefault(self, []).append(call)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # dynamo would keep the pass itself
             alive = [ref for ref in self._ungraphed if ref() not in (None, self.last)]
             self._ungraphed = [*alive, weakref.ref(self.last)]
         return y_TD

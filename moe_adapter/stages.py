@@ -13,8 +13,8 @@ def set_stage(model: nn.Module, stage: int) -> dict[str, int]:
     """Set `requires_grad` for a stage; returns the numbers of parameters, dict(trainable=…, total=…).
 
     Stage 1, parameter-isolated pre-training: the MoE blocks alone. Stage 2, cooperative instruction fine-tuning: the
-    MoE blocks in full and peft's LoRA parameters; the rest, the static experts with it, stays frozen. Call it after
-    `get_peft_model`, which freezes all but the LoRA.
+    MoE blocks in full and the parameters of peft's active LoRA; the rest, the static experts with it, stays frozen.
+    Call it after `get_peft_model`, which freezes all but the LoRA.
 
     Raises:
         MoEAdapterError: another stage, or a model without dual-path layers.
@@ -27,7 +27,7 @@ def set_stage(model: nn.Module, stage: int) -> dict[str, int]:
         parameter for layer in dual_path_layers(model).values() for parameter in layer.new_parameters().values()
     ]
     if stage == 2:
-        trainable += list(lora_parameters(model).values())
+        trainable += list(lora_parameters(model, active=True).values())
     for parameter in trainable:
         parameter.requires_grad_(True)
     parameters = list(model.parameters())
@@ -37,12 +37,14 @@ def set_stage(model: nn.Module, stage: int) -> dict[str, int]:
     )
 
 
-def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that peft's tuner layers added, by full name."""
+def lora_parameters(model: nn.Module, *, active: bool = False) -> dict[str, nn.Parameter]:
+    """The parameters that peft's tuner layers added, by full name; of their active adapters only, if asked."""
     found = {}
     for prefix, module in model.named_modules():
         for attribute in getattr(module, "adapter_layer_names", ()):
             part = getattr(module, attribute, None)
             if isinstance(part, nn.Module | nn.ParameterDict):
-                found.update({f"{prefix}.{attribute}.{name}": p for name, p in part.named_parameters()})
+                for name, parameter in part.named_parameters():
+                    if not active or name.partition(".")[0] in module.active_adapters:  # pyright: ignore
+                        found[f"{prefix}.{attribute}.{name}"] = parameter
     return found

@@ -88,11 +88,12 @@ def test_a_kill_while_saving_leaves_the_old_adapter_whole(tmp_path, step):
     old = injected(seed=1)
     save_adapter(old, tmp_path)
     name, _, count = step.partition(":")
-    target = "moe_adapter.files.save_file" if name == "save_file" else name
+    target = "moe_adapter.directory.save_file" if name == "save_file" else name
     code = f"""
         import os, signal, sys
         sys.path[:0] = {sys.path!r}
         from unittest import mock
+        import moe_adapter.directory
         import moe_adapter.files
         from test_files import injected
         calls = 0
@@ -104,7 +105,7 @@ def test_a_kill_while_saving_leaves_the_old_adapter_whole(tmp_path, step):
             if "{name}" == "save_file":
                 open(args[1], "wb").write(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        original = {name if name != "save_file" else "moe_adapter.files.save_file"}
+        original = {name if name != "save_file" else "moe_adapter.directory.save_file"}
         model = injected(seed=2)
         with mock.patch("{target}", kill):
             moe_adapter.files.save_adapter(model, {str(tmp_path)!r})
