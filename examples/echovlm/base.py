@@ -26,6 +26,7 @@ from examples.echovlm.processor import build_processor, set_image_side
 from examples.echovlm.tasks import Example, examples_of
 from examples.echovlm.tokenizer import train_tokenizer
 from examples.echovlm.training import train
+from examples.echovlm.vision import pretrain_vision
 from moe_adapter import MoEAdapterError
 
 CAPTIONS = 500  # picture descriptions in the tokenizer's corpus
@@ -62,6 +63,17 @@ def make_base(config: RecipeConfig, data: Data, out: Path, account: Account) -> 
         f"a Qwen2-VL of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, a byte-level BPE of "
         f"{len(tokenizer)} tokens; general pre-training without any ultrasound"
     )
+    accuracy = pretrain_vision(
+        model.model.visual,
+        processor,
+        config.image_side,
+        base.tower_pictures,
+        base.tower_pretraining,
+        config.seed,
+        config.precision,
+    )
+    told = ", ".join(f"{name} {value:.0%}" for name, value in accuracy.items())
+    account.say(f"the vision tower tells apart cells of {base.tower_pictures} general pictures: {told}")
     general = GeneralData(base, tokenizer, config.image_side, config.seed)
     train(model, general, Collator(processor, config.max_length), base.pretraining, config, out, account)
     model.save_pretrained(out)

@@ -70,7 +70,9 @@ class BaseConfig:
     vocab_size: PositiveInt
     text: dict[str, Any]
     vision: dict[str, Any]
-    pictures: PositiveInt
+    tower_pictures: PositiveInt  # labelled cell by cell, for the vision tower alone
+    tower_pretraining: TrainingConfig
+    pictures: PositiveInt  # described in words, for the whole model, with all of the general text
     pretraining: TrainingConfig
 
 
@@ -87,7 +89,8 @@ class RecipeConfig:
     """Everything the recipe can be told; the defaults live in `presets/paper.yaml`.
 
     `image_side`: each frame is resized to about image_side² pixels. `moe`: arguments of
-    `moe_adapter.DualPathConfig`. `phantoms` and `base` are None where the preset expects
+    `moe_adapter.DualPathConfig`. `instructions`: stage II's tasks, and how often an epoch shows each
+    case's examples of them. `phantoms` and `base` are None where the preset expects
     the user's own cases and checkpoint.
     """
 
@@ -101,6 +104,7 @@ class RecipeConfig:
     lora: LoRAConfig
     stage1: TrainingConfig
     stage2: TrainingConfig
+    instructions: dict[Literal["report", "diagnosis", "vqa"], PositiveInt]
     evaluation: EvaluationConfig
     phantoms: PhantomConfig | None = None
     base: BaseConfig | None = None

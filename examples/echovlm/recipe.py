@@ -43,7 +43,8 @@ def run(config: RecipeConfig, *, cases_file: Path | None, base: Path | None, out
 
     with account.step("Stage II: cooperative instruction fine-tuning"):
         fresh, _ = load_base(base, config)
-        instructions = examples_of(data.train, data.folder)
+        times = config.instructions.items()
+        instructions = [e for task, n in times for e in examples_of(data.train, data.folder, (task,)) * n]
         model = stage2(fresh, instructions, collator, config, out / "stage1", out / "stage2", account)
     with account.step("Evaluate stage II"):
         scored.append(evaluator.evaluate("stage II", model))

@@ -71,7 +71,7 @@ def add_lora(model: PreTrainedModel, config: RecipeConfig) -> PeftModel:
 
 def path_weights(model: nn.Module) -> list[dict[str, float]]:
     """α and λ of each dual-path layer, in order (equation 3)."""
-    return [{"alpha": float(layer.alpha), "lambda": float(layer.lam)} for layer in dual_path_layers(model).values()]
+    return [{"alpha": layer.alpha.item(), "lambda": layer.lam.item()} for layer in dual_path_layers(model).values()]
 
 
 def _tell(account: Account, counts: dict[str, int], data: Sequence[Example], what: str) -> None:

@@ -38,6 +38,7 @@ def train(
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=config.gradient_checkpointing,
         logging_steps=20,
+        logging_first_step=True,
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
@@ -48,6 +49,7 @@ def train(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossOnBar)
     trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else it would be evaluated in bf16 ever after
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     account.say(f"{trainer.state.global_step} steps of {run.batch_size}: loss {losses[0]:.2f} → {losses[-1]:.2f}")
 
