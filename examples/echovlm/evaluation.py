@@ -28,13 +28,13 @@ class Scored:
     """One model's answers on the held-out cases, and what they are worth.
 
     `by_organ`: organ → metric → 0 to 100. `findings`: finding-level accuracy in per cent by organ and of "all",
-    NaN where no attributes are known. `general_loss`: nats per token of held-out general text, None if not a model.
+    None where no attributes are known. `general_loss`: nats per token of held-out general text, None if not a model.
     """
 
     name: str
     answers: tuple[str, ...]
     by_organ: dict[str, dict[str, float]]
-    findings: dict[str, float]
+    findings: dict[str, float | None]
     general_loss: float | None = None
 
     def average(self) -> dict[str, float]:
@@ -92,7 +92,9 @@ class Evaluator:
     def _tell(self, scored: Scored) -> None:
         texts = ", ".join(f"{name} {value:.1f}" for name, value in scored.average().items())
         general = "" if scored.general_loss is None else f"; general text {scored.general_loss:.2f} nats"
-        self.account.say(f"{scored.name}: {texts}; findings right {scored.findings['all']:.1f} %{general}")
+        right = scored.findings["all"]
+        findings = "" if right is None else f"; findings right {right:.1f} %"
+        self.account.say(f"{scored.name}: {texts}{findings}{general}")
 
 
 def most_common_reports(train: Sequence[Case], test: Sequence[Case]) -> list[str]:

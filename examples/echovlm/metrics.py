@@ -37,10 +37,10 @@ def text_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, 
     return {"BLEU-1": bleu.score, "ROUGE-1": mean_f1["rouge1"], "ROUGE-L": mean_f1["rougeL"]}
 
 
-def finding_accuracy(answers: Sequence[str], cases: Sequence[Case]) -> float:
+def finding_accuracy(answers: Sequence[str], cases: Sequence[Case]) -> float | None:
     """Per cent of the attributes known of the cases that the answers state with the right value.
 
-    A wrong value and a missing one count alike. Cases without attributes are passed over; NaN if none has any.
+    A wrong value and a missing one count alike. Cases without attributes are passed over; None if none has any.
     """
     stated = [parse_findings(answer, case.organ, case.language) for answer, case in zip(answers, cases, strict=True)]
     hits = [
@@ -48,4 +48,4 @@ def finding_accuracy(answers: Sequence[str], cases: Sequence[Case]) -> float:
         for found, case in zip(stated, cases, strict=True)
         for name, value in case.attributes.items()
     ]
-    return 100 * sum(hits) / len(hits) if hits else float("nan")
+    return 100 * sum(hits) / len(hits) if hits else None

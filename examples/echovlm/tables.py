@@ -24,8 +24,12 @@ def findings_table(scored: Sequence[Scored]) -> str:
     organs = [organ for organ in scored[0].findings if organ != "all"]
     return markdown(
         ["organ", *(model.name for model in scored)],
-        [[name, *(f"{model.findings[organ]:.1f}" for model in scored)] for organ, name in _named(organs)],
+        [[name, *(_percent(model.findings[organ]) for model in scored)] for organ, name in _named(organs)],
     )
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
 
 
 def _named(organs: Sequence[str]) -> list[tuple[str, str]]:

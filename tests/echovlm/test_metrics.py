@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
@@ -79,6 +77,6 @@ def test_findings_count_right_values_only(answer: str, expected: float) -> None:
     assert finding_accuracy([answer], [truth]) == pytest.approx(expected)
 
 
-def test_findings_of_cases_without_attributes_are_not_a_number() -> None:
-    assert math.isnan(finding_accuracy(["A cyst."], [_case()]))
+def test_findings_of_cases_without_attributes_are_not_scored() -> None:
+    assert finding_accuracy(["A cyst."], [_case()]) is None
     assert finding_accuracy(["A cyst.", "No nodule."], [_case(), _case(lesion="none")]) == 100

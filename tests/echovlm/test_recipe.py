@@ -1,0 +1,73 @@
+"""The whole recipe at a minuscule size: every step runs, and what it writes can be read back."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from examples.echovlm.__main__ import main
+from examples.echovlm.cases import read_cases
+from moe_adapter.analysis.record import RoutingRecord
+
+PRESET = """
+extends: tiny
+image_side: 56
+phantoms: {cases_per_organ: 3, test_share: 0.4, size: 56}
+base:
+  text: {num_hidden_layers: 2, hidden_size: 48, intermediate_size: 64, num_attention_heads: 4, num_key_value_heads: 2,
+         initializer_range: 0.06, rope_parameters: {mrope_section: [2, 2, 2]}}
+  vision: {depth: 1, embed_dim: 32}
+  tower_pictures: 4
+  tower_pretraining: {batch_size: 2}
+  pictures: 4
+  pretraining: {batch_size: 4, epochs: 0.004}
+moe: {expert_dim: 16, shared_expert_dim: 24}
+stage1: {batch_size: 4, epochs: 0.5}
+stage2: {batch_size: 4, epochs: 0.1}
+evaluation: {batch_size: 16, max_new_tokens: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "preset.yaml").write_text(PRESET)
+    assert main(["--preset", str(folder / "preset.yaml"), "--out", str(folder / "run")]) == 0
+    return folder
+
+
+def test_it_writes_tables_figure_record_and_adapters(first_run: Path) -> None:
+    run = first_run / "run"
+    report, results = (run / "report.md").read_text(), json.loads((run / "results.json").read_text())
+    models = {scored["name"]: scored for scored in results["models"]}
+    assert list(models) == ["most common report", "base", "stage I", "stage II", "stage II, images shuffled"]
+    for text in ("| **average** |", "Findings stated right", "Figure 5", "examples_ybr_color", "Stage II"):
+        assert text in report
+    assert (run / "figure5.png").read_bytes().startswith(b"\x89PNG") and (run / "figure5.pdf").stat().st_size
+    record = RoutingRecord.open(run / "routing.parquet")
+    assert len(record.facts.layers) == 2 and set(record.facts.groups) == set(models["base"]["by_organ"])
+    assert (run / "stage1" / "moe_adapter.json").is_file() and list((run / "stage2").glob("lora-*"))
+
+
+def test_the_static_path_remembers_the_general_text(first_run: Path) -> None:
+    results = json.loads((first_run / "run" / "results.json").read_text())
+    losses = {scored["name"]: scored["general_loss"] for scored in results["models"]}
+    assert math.isclose(results["general_loss_static_only"], losses["base"], rel_tol=1e-6)
+    assert losses["stage II"] != losses["base"]
+
+
+def test_a_users_own_cases_and_checkpoint_go_the_same_way(first_run: Path) -> None:
+    rows = [json.loads(line) for line in (first_run / "run" / "cases" / "cases.jsonl").read_text().splitlines()]
+    for row in rows:  # what a hospital may not have
+        row.pop("attributes"), row.pop("questions"), row.pop("source")
+    own = first_run / "run" / "cases" / "own.jsonl"
+    own.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert read_cases(own)
+    options = {"preset": first_run / "preset.yaml", "cases": own, "base": first_run / "run" / "base"}
+    options["out"] = first_run / "second"
+    assert main([text for name, value in options.items() for text in (f"--{name}", str(value))]) == 0
+    assert not (first_run / "second" / "base").exists()
+    assert "| **all** | – |" in (first_run / "second" / "report.md").read_text()  # no attributes to find
