@@ -19,7 +19,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -49,6 +49,7 @@ class Site:
         residual: the argument, if any, that the FFN adds to its output itself.
         split: None, or the names in a block of the first and the last map of an FFN that is no module of its own;
             `layers` then names the last maps, and X is what the first map sees.
+        sorts: whether backend "auto" takes the experts one after another, slots sorted, on a CPU.
     """
 
     layers: list[str]
@@ -60,6 +61,7 @@ class Site:
     activation: str
     residual: str | None
     split: list[str] | None
+    sorts: bool
 
 
 class KeepsFloat32(nn.Module):
@@ -104,7 +106,7 @@ class Experts(nn.Module):
     def __init__(self, site: Site, method: dict, act_fn: Callable[[Tensor], Tensor]):
         super().__init__()
         self.num_experts, self.backend = method["num_experts"], method["backend"]
-        self.has_gate, self.has_bias, self.act_fn = site.gated, site.bias, act_fn
+        self.has_gate, self.has_bias, self.sorts, self.act_fn = site.gated, site.bias, site.sorts, act_fn
         self.first = "gate_up_proj" if site.gated else "up_proj"
         rows = site.expert_dim * (2 if site.gated else 1)
         shapes = {self.first: (rows, site.hidden), "down_proj": (site.hidden, site.expert_dim)}
@@ -114,17 +116,36 @@ class Experts(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(self.num_experts, *shape)))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        compute = self._one_by_one
         if len(hidden_states) and self.backend == "batched_mm":
-            return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        if len(hidden_states) and self.backend != "eager" and self._fit_grouped_mm():
-            return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        return self._one_by_one(hidden_states, top_k_index, top_k_weights)
+            compute = partial(batched_mm_experts_forward, self)
+        elif self.backend == "lean" or (self.backend == "auto" and self.sorts and not hidden_states.is_cuda):
+            compute = self._sorted
+        elif len(hidden_states) and self.backend != "eager" and self._fit_grouped_mm():
+            compute = partial(grouped_mm_experts_forward, self)
+        return compute(hidden_states, top_k_index, top_k_weights)
 
     def _fit_grouped_mm(self) -> bool:
         """grouped_mm has no float64 kernel and wants rows of a multiple of 16 bytes."""
         first, down = getattr(self, self.first), self.down_proj
         widths = (*first.shape[1:], down.shape[2])
         return first.dtype != torch.float64 and all(width * first.element_size() % 16 == 0 for width in widths)
+
+    def _sorted(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Slots in the order of their experts; the routing weight is folded in before the down projection."""
+        flat, out_TD = index_TK.reshape(-1), torch.zeros_like(x_TD)
+        first, first_bias = getattr(self, self.first), getattr(self, f"{self.first}_bias", None)
+        groups = flat.argsort(stable=True).split(torch.bincount(flat, minlength=self.num_experts).tolist())
+        for expert, slot in enumerate(groups):
+            token = slot // index_TK.shape[1]
+            h = x_TD[token] @ first[expert].T
+            h = h + first_bias[expert] if self.has_bias else h
+            h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+            weight = weights_TK.reshape(-1)[slot].to(h.dtype)[:, None]
+            h = (h * weight) @ self.down_proj[expert].T
+            h = h + weight * self.down_proj_bias[expert] if self.has_bias else h
+            out_TD = out_TD.index_add(0, token, h)
+        return out_TD
 
     def _one_by_one(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         out_TD = torch.zeros(x_TD.shape, device=x_TD.device, dtype=torch.promote_types(x_TD.dtype, weights_TK.dtype))
@@ -198,32 +219,34 @@ class DualPathMoE(KeepsFloat32):
             args = (x, torch.zeros_like(residual), *args[2:])
         out = self.static_expert(*args, **kwargs)
         static, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
-        y = self._mix(x, static)
+        y = self._add_moe(static, x)
         y = y if residual is None else y + residual
         return y if rest is None else (y, *rest)
 
-    def _mix(self, x: Tensor, static: Tensor) -> Tensor:
+    def _add_moe(self, static: Tensor, x: Tensor) -> Tensor:
+        static_factor, moe_factor = self._factors(x)
+        y, inner = self._scaled(static, static_factor), x.to(self._expert_dtype(x))
+        if self.shared_expert is not None:
+            gate = self.lam_logit if self.shared_expert_gate is None else self.shared_expert_gate(x)
+            factor = moe_factor * torch.sigmoid(gate.to(moe_factor.dtype))
+            y = y + self._scaled(self.shared_expert(inner), factor).to(y.dtype)
+        if self.experts is not None:
+            _, weights_TK, index_TK = self.router(x.reshape(-1, x.shape[-1]))
+            weights_TK = weights_TK * (moe_factor.reshape(-1, 1) if moe_factor.dim() > 1 else moe_factor)
+            y = y + self.experts(inner.reshape(-1, x.shape[-1]), index_TK, weights_TK).view(x.shape).to(y.dtype)
+        return y
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """α, which holds the static path's scale, and 1 − α."""
         dtype = wide(x.dtype)
-        moe = self._moe(x, dtype)
         if self.coefficient is not None:
             share = self.coefficient(x).to(dtype).softmax(dim=-1)
-            static_share, moe_share = share[..., 1:] * self.static_scale, share[..., :1]
-        else:
-            alpha = torch.sigmoid(self.alpha_logit.to(dtype))
-            static_share, moe_share = alpha * self.static_scale, 1 - alpha
-        return (static_share * static.to(dtype) + moe_share * moe).to(static.dtype)
+            return share[..., 1:] * self.static_scale, share[..., :1]
+        alpha = torch.sigmoid(self.alpha_logit.to(dtype))
+        return alpha * self.static_scale, 1 - alpha
 
-    def _moe(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        inside = x.to(self._expert_dtype(x))
-        if self.shared_expert is None:
-            return self._routed(x, inside).to(dtype)
-        gate = self.lam_logit if self.shared_expert_gate is None else self.shared_expert_gate(x)
-        shared = self.shared_expert(inside).to(dtype) * torch.sigmoid(gate.to(dtype))
-        return shared if self.experts is None else shared + self._routed(x, inside).to(dtype)
-
-    def _routed(self, x: Tensor, inside: Tensor) -> Tensor:
-        _, weights_TK, index_TK = self.router(x.reshape(-1, x.shape[-1]))
-        return self.experts(inside.reshape(-1, x.shape[-1]), index_TK, weights_TK).view(x.shape)
+    def _scaled(self, y: Tensor, factor: Tensor) -> Tensor:
+        return (y.to(factor.dtype) * factor).to(y.dtype)
 
     def _expert_dtype(self, x: Tensor) -> torch.dtype:
         """Autocast casts by itself; otherwise X meets the experts in their dtype, as over a quantised base."""

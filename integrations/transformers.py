@@ -18,6 +18,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from moe_adapter import DualPathConfig, DualPathMoE, MoEAdapterError, dual_path_layers, set_stage
+from moe_adapter.activations import activation_name
 from moe_adapter.integrations import modeling_dual_path_moe as remote
 from moe_adapter.plan import plan_injection
 from moe_adapter.stages import lora_parameters
@@ -177,19 +178,18 @@ def _site(owner: nn.Module, name: str, layer: DualPathMoE) -> dict[str, Any]:
         activation=_activation_name(ffn.activation, root),
         residual=ffn.residual,
         split=[ffn.up, ffn.down] if ffn.split else None,
+        sorts=bool(layer.experts and layer.experts.activation),
     )
 
 
 def _activation_name(activation: Any, root: nn.Module) -> str:
-    """Where the host's FFN holds its activation, or the activation's name for `modeling_dual_path_moe`."""
+    """transformers' name of a known activation, or where the host's FFN holds it, or its name in torch."""
+    if known := activation_name(activation):
+        return {"gelu_tanh": "gelu_pytorch_tanh", "relu_squared": "relu2"}.get(known, known)
     for prefix, module in root.named_modules():
         for name, value in {**vars(module), **module._modules}.items():
             if value is activation:
                 return remote.HOST + f"{prefix}.{name}".lstrip(".")
-    if isinstance(activation, nn.GELU):
-        return "gelu" if activation.approximate == "none" else "gelu_pytorch_tanh"
-    if isinstance(activation, nn.SiLU):
-        return "silu"
     return activation.__name__
 
 

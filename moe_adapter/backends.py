@@ -23,8 +23,8 @@ BACKENDS: dict[str, Backend | str] = {
     "lean": "moe_adapter.lean:lean",
     "grouped_mm": "transformers.integrations.moe:grouped_mm_experts_forward",
     "batched_mm": "transformers.integrations.moe:batched_mm_experts_forward",
+    "megablocks": "moe_adapter.integrations.megablocks:megablocks",
 }
-AUTO = "grouped_mm"
 
 _loaded: dict[str, Backend | MoEAdapterError] = {}  # what the names turned out to be
 _said: set[tuple[str, str]] = set()
@@ -34,7 +34,7 @@ def check_backend(name: str) -> None:
     """Look a backend up before it is used. Raises MoEAdapterError for a name that the registry doesn't hold."""
     if name != "auto" and name not in BACKENDS:
         raise MoEAdapterError(f"backend {name!r} is unknown; expected 'auto' or one of {', '.join(sorted(BACKENDS))}.")
-    for candidate in (AUTO if name == "auto" else name, "eager"):
+    for candidate in ("lean", "grouped_mm", "eager") if name == "auto" else (name, "eager"):
         _load(candidate)
 
 
@@ -42,12 +42,19 @@ def run_backend(
     name: str, experts, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     """The routed experts' output (T, D) by the backend `name`, or by `eager` where that one refuses the input."""
-    chosen = AUTO if name == "auto" else name
+    chosen = choose(experts, x_TD) if name == "auto" else name
     reason = _refusal(chosen, experts, x_TD)
     if reason:
         _say_once(chosen, reason)
         chosen = "eager"
     return load_backend(chosen)(experts, x_TD, index_TK, weights_TK)
+
+
+def choose(experts, x_TD: torch.Tensor) -> str:
+    """The backend that "auto" stands for: `grouped_mm` on a GPU, where `lean` would wait for counts, else `lean`."""
+    if experts.activation is None or (x_TD.is_cuda and _refusal("grouped_mm", experts, x_TD) is None):
+        return "grouped_mm"
+    return "lean"
 
 
 def load_backend(name: str) -> Backend:
@@ -71,6 +78,8 @@ def _resolve(name: str) -> Backend | MoEAdapterError:
     module, _, function = entry.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
+    except MoEAdapterError as error:  # an integration that says itself what to install
+        return error
     except (ImportError, AttributeError) as error:
         extra = module.partition(".")[0]
         return MoEAdapterError(
@@ -87,6 +96,9 @@ def _refusal(name: str, experts, x_TD: torch.Tensor) -> str | None:
         return str(found)
     if x_TD.shape[0] == 0:
         return "no tokens"
+    refusal = getattr(found, "refusal", None)  # an integration knows best what it takes
+    if refusal is not None:
+        return refusal(experts, x_TD)
     if name == "lean" and experts.activation is None:
         return "lean knows no derivative of this activation"
     if name != "grouped_mm":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_adapter.activations import activation_name
+from moe_adapter.activations import ACTIVATIONS, activation_name
 from moe_adapter.backends import run_backend
 from moe_adapter.ffn import FeedForward
 
@@ -88,7 +88,9 @@ class SharedExpert(nn.Module):
 
 
 def own_activation(ffn: FeedForward):
-    """The host's activation; a copy where it is a module, so that the host's stays untouched."""
+    """The host's activation: the known function that it equals, else itself, as a copy where it is a module."""
+    if name := activation_name(ffn.activation):
+        return ACTIVATIONS[name][0]
     return copy.deepcopy(ffn.activation) if isinstance(ffn.activation, nn.Module) else ffn.activation
 
 

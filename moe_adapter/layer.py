@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_adapter.activations import activation_name
 from moe_adapter.config import DualPathConfig, resolve_dim
+from moe_adapter.dense import Maps, dense_ffn
 from moe_adapter.experts import Experts, SharedExpert
 from moe_adapter.ffn import FeedForward
 from moe_adapter.losses import RouterCall
 from moe_adapter.precision import KeepsFloat32, wide
+from moe_adapter.recognise import computes_ffn, plain_maps
 from moe_adapter.router import Router
 from moe_adapter.routing import RoutingLog
 
@@ -44,6 +47,8 @@ class DualPathMoE(KeepsFloat32):
             self.router = Router(*sizes, softmax=config.router_softmax, device=device, dtype=wide(dtype))
             self.experts = Experts(ffn, config.num_experts, width, backend=config.backend, device=device, dtype=dtype)
         self._add_mixing(device, dtype)
+        self._activation = activation_name(ffn.activation)
+        self._recognised = type(static_expert) if computes_ffn(static_expert, ffn) else None
 
     def _add_mixing(self, device, dtype) -> None:
         self.alpha_logit = self.lam_logit = self.coefficient = self.shared_expert_gate = None
@@ -75,21 +80,33 @@ class DualPathMoE(KeepsFloat32):
         if self.static_only:
             return self.static_expert(*args, **kwargs)
         x = caught if caught is not None else args[0] if args else next(iter(kwargs.values()))
-        static, residual, rest = self._static_path(args, kwargs)
-        y = self._mix(x, static)
+        static_factor, moe_factor = self._factors(x)
+        static, residual, rest = self._static(x, static_factor, args, kwargs)
+        y = self._add_moe(static, x, moe_factor)
         if residual is not None:
             y = y + residual
         return y if rest is None else (y, *rest)
 
-    def _static_path(self, args, kwargs) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None]:
-        """FFN(X), the residual that the FFN would add itself, and what it returns beside its output."""
+    def _factors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(α·static_scale, 1 − α) in float32, shape (1,), or (…, 1) from the released code's per-token coefficients."""
+        dtype = wide(x.dtype)
+        if self.coefficient is not None:
+            share = self.coefficient(x).to(dtype).softmax(dim=-1)
+            return share[..., 1:] * self.static_scale, share[..., :1]
+        alpha = torch.sigmoid(self.alpha_logit.to(dtype))  # pyright: ignore
+        return alpha * self.static_scale, 1 - alpha
+
+    def _static(self, x, factor, args, kwargs) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None]:
+        """α·FFN(X), the residual that the FFN would add itself, and what it returns beside its output."""
+        if (maps := self._static_maps()) and (y := self._fused(x, factor, maps)) is not None:
+            return y, None, None
         residual = None
         if self.ffn.residual is not None:
             args, kwargs, residual = self._without_residual(args, kwargs)
         out = self.static_expert(*args, **kwargs)
         if isinstance(out, tuple):
-            return out[0], residual, out[1:]
-        return out, residual, None
+            return _scaled(out[0], factor), residual, out[1:]
+        return _scaled(out, factor), residual, None
 
     def _without_residual(self, args, kwargs):
         """An FFN that adds its residual is given zeros, so that α scales FFN(X) alone."""
@@ -100,38 +117,48 @@ class DualPathMoE(KeepsFloat32):
         residual = args[1]
         return (args[0], torch.zeros_like(residual), *args[2:]), kwargs, residual
 
-    def _mix(self, x: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
-        """The sum of equation (3), scalars and all in float32, in the dtype of the static path."""
-        dtype = wide(x.dtype)
-        moe = self._moe(x, dtype)
-        static_share, moe_share = self._shares(x, dtype)
-        return (static_share * static.to(dtype) + moe_share * moe).to(static.dtype)
+    def _add_moe(self, static: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """α·FFN(X) + (1 − α)·[λ·S(X) + Σ_i g_i(X)·E_i(X)], given the first term and the factor 1 − α."""
+        y, inner = static, x.to(self._expert_dtype(x))
+        if self.shared_expert is not None:
+            y = y + self._shared(x, inner, factor).to(y.dtype)
+        if self.experts is not None:
+            y = y + self._routed(x, inner, factor).to(y.dtype)
+        return y
 
-    def _shares(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(α·static_scale, 1 − α), or the released code's per-token coefficients."""
-        if self.coefficient is not None:
-            share = self.coefficient(x).to(dtype).softmax(dim=-1)
-            return share[..., 1:] * self.static_scale, share[..., :1]
-        alpha = torch.sigmoid(self.alpha_logit.to(dtype))  # pyright: ignore
-        return alpha * self.static_scale, 1 - alpha
+    def _shared(self, x: torch.Tensor, inner: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """(1 − α)·λ·S(X), shape of X."""
+        gate = self.lam_logit if self.shared_expert_gate is None else self.shared_expert_gate(x)
+        factor = factor * torch.sigmoid(gate.to(factor.dtype))  # pyright: ignore
+        maps = plain_maps(self.shared_expert, "gate_proj" if self.ffn.gated else None, "up_proj", "down_proj")  # pyright: ignore
+        y = self._fused(inner, factor, maps) if maps else None
+        return _scaled(self.shared_expert(inner), factor) if y is None else y  # pyright: ignore
 
-    def _moe(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """λ·S(X) + Σ_i g_i(X)·E_i(X), shape of X."""
-        if self.shared_expert is None:
-            return self._routed(x).to(dtype)
-        shared = self.shared_expert(x.to(self._expert_dtype(x))).to(dtype) * self._shared_share(x, dtype)
-        return shared if self.experts is None else shared + self._routed(x).to(dtype)
-
-    def _shared_share(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if self.shared_expert_gate is not None:
-            return torch.sigmoid(self.shared_expert_gate(x).to(dtype))
-        return torch.sigmoid(self.lam_logit.to(dtype))  # pyright: ignore
-
-    def _routed(self, x: torch.Tensor) -> torch.Tensor:
-        x_TD = x.reshape(-1, x.shape[-1])
-        logits_TE, weights_TK, index_TK = self.router(x_TD)  # pyright: ignore
-        y_TD = self.experts(x_TD.to(self._expert_dtype(x)), index_TK, weights_TK)  # pyright: ignore
+    def _routed(self, x: torch.Tensor, inner: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """Σ_i (1 − α)·g_i(X)·E_i(X), shape of X: the factor goes with the routing weights."""
+        logits_TE, weights_TK, index_TK = self.router(x.reshape(-1, x.shape[-1]))  # pyright: ignore
+        weights_TK = weights_TK * (factor.reshape(-1, 1) if factor.dim() > 1 else factor)
+        y_TD = self.experts(inner.reshape(-1, x.shape[-1]), index_TK, weights_TK)  # pyright: ignore
         return self.routing.record(RouterCall(logits_TE, index_TK, None), y_TD, x.shape[:-1]).view(x.shape)
+
+    def _static_maps(self) -> Maps | None:
+        """The static expert's weights, where one operator may stand in for its call."""
+        if type(self.static_expert) is not self._recognised:
+            return None
+        return plain_maps(self.static_expert, self.ffn.gate, self.ffn.up, self.ffn.down)
+
+    def _fused(self, x: torch.Tensor, factor: torch.Tensor, maps: Maps) -> torch.Tensor | None:
+        """factor·FFN(X) by one operator, or None where that doesn't take it; inductor on a GPU fuses by itself."""
+        if self._activation is None or self.config.backend == "eager" or (x.is_cuda and torch.compiler.is_compiling()):
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, maps = x.to(dtype), maps.to(dtype)
+        if any(t is not None and (t.dtype != x.dtype or t.device != x.device) for t in maps):
+            return None
+        x_TD = x.reshape(-1, x.shape[-1])
+        factor = factor.reshape(-1, 1) if factor.dim() > 1 else factor
+        return dense_ffn(x_TD, factor, maps, self._activation).view(x.shape)
 
     def _expert_dtype(self, x: torch.Tensor) -> torch.dtype:
         """Autocast casts by itself; otherwise X meets the experts in their dtype, as over a quantised base."""
@@ -142,6 +169,11 @@ class DualPathMoE(KeepsFloat32):
 
     def extra_repr(self) -> str:
         return f"static_scale={self.static_scale:g}, mixing={self.config.mixing!r}"
+
+
+def _scaled(y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """factor·y, multiplied in the factor's float32, in the dtype of y."""
+    return (y.to(factor.dtype) * factor).to(y.dtype)
 
 
 class CatchInput:

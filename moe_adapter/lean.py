@@ -10,10 +10,15 @@ number of slots, T·K; R the rows of the first projection, 2F gated or F.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from moe_adapter.activations import ACTIVATIONS
+from moe_adapter.activations import activate, activate_backward
+from moe_adapter.dense import refuse_second_derivative
+
+FEW = 16  # slots, up to which they are sorted in Python
 
 
 def lean(experts, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -22,12 +27,13 @@ def lean(experts, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
     x, device = x_TD, x_TD.device.type
     if torch.is_autocast_enabled(device):
         x, *weights = [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in (x, *weights)]
-    out_TD, _ = lean_experts(x, index_TK, weights_TK, *weights, experts.activation, experts.has_gate)  # pyright: ignore
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights_TK, *weights))
+    run: Callable = lean_experts if keep or torch.compiler.is_compiling() else _forward
+    out_TD, _ = run(x, index_TK, weights_TK, *weights, experts.activation, experts.has_gate, keep)
     return out_TD.to(x_TD.dtype)
 
 
-@torch.library.custom_op("moe_adapter::lean_experts", mutates_args=())
-def lean_experts(
+def _forward(
     x_TD: Tensor,
     index_TK: Tensor,
     weights_TK: Tensor,
@@ -37,28 +43,29 @@ def lean_experts(
     down_bias_ED: Tensor | None,
     activation: str,
     gated: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, D) and, for backward, the sorted slots' pre-activations (S, R)."""
+    """Output (T, D) and, if `keep`, the sorted slots' pre-activations (S, R) for backward."""
     slots, groups = _groups(index_TK, first_ERD.shape[0])
     out_TD = torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
-    h_SR = x_TD.new_empty(index_TK.numel(), first_ERD.shape[1])
+    h_SR = x_TD.new_empty(index_TK.numel() if keep else 0, first_ERD.shape[1])
     weights_S = weights_TK.reshape(-1)
     for expert, start, end in groups:
         slot = slots[start:end]
         token = slot // index_TK.shape[1]
-        h = torch.mm(x_TD[token], first_ERD[expert].T, out=h_SR[start:end])
+        out = {"out": h_SR[start:end]} if keep else {}
+        h = torch.mm(x_TD[token], first_ERD[expert].T, **out)
         if first_bias_ER is not None:
             h += first_bias_ER[expert]
         weight = weights_S[slot].to(h.dtype)[:, None]
-        y = (_activate(h, activation, gated) * weight) @ down_EDF[expert].T
+        y = activate(activation, *_gate_and_up(h, gated)).mul_(weight) @ down_EDF[expert].T
         if down_bias_ED is not None:
             y += weight * down_bias_ED[expert]
         out_TD.index_add_(0, token, y)
     return out_TD, h_SR
 
 
-@torch.library.custom_op("moe_adapter::lean_experts_backward", mutates_args=())
-def lean_experts_backward(
+def _backward(
     grad_TD: Tensor,
     x_TD: Tensor,
     index_TK: Tensor,
@@ -74,16 +81,18 @@ def lean_experts_backward(
 ) -> list[Tensor]:
     """Gradients of x, weights and the four parameters; an empty tensor where `needs` says that none is wanted."""
     inputs = (x_TD, weights_TK, first_ERD, down_EDF, first_bias_ER, down_bias_ED)
-    grads = _empty_grads(inputs, needs)
-    dx_TD, dw_TK, dfirst, ddown, dfirst_bias, ddown_bias = (g if n else None for g, n in zip(grads, needs, strict=True))
     slots, groups = _groups(index_TK, first_ERD.shape[0])
+    idle = sorted(set(range(first_ERD.shape[0])) - {expert for expert, *_ in groups})
+    grads = _empty_grads(inputs, needs, idle)
+    dx_TD, dw_TK, dfirst, ddown, dfirst_bias, ddown_bias = (g if n else None for g, n in zip(grads, needs, strict=True))
     weights_S = weights_TK.reshape(-1)
     dw_S = None if dw_TK is None else dw_TK.view(-1)
     for expert, start, end in groups:
         slot, h = slots[start:end], h_SR[start:end]
         token = slot // index_TK.shape[1]
+        gate, up = _gate_and_up(h, gated)
         weight, dy = weights_S[slot].to(h.dtype)[:, None], grad_TD[token]
-        da, a = dy @ down_EDF[expert], _activate(h, activation, gated)
+        da, a = dy @ down_EDF[expert], activate(activation, gate, up)
         if dw_S is not None:
             dw = (da * a).sum(-1, dtype=dw_S.dtype)
             if down_bias_ED is not None:
@@ -93,7 +102,8 @@ def lean_experts_backward(
             torch.mm(dy.T, a.mul_(weight), out=ddown[expert])
         if ddown_bias is not None:
             ddown_bias[expert] = (dy * weight).sum(0)
-        dh = _activate_backward(da.mul_(weight), h, activation, gated)
+        dgate, dup = activate_backward(activation, da.mul_(weight), gate, up)
+        dh = dup if dgate is None else torch.cat([dgate, dup], dim=1)
         if dfirst_bias is not None:
             dfirst_bias[expert] = dh.sum(0)
         if dfirst is not None:
@@ -115,41 +125,34 @@ def _groups(index_TK: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, int
     return flat.argsort(stable=True), groups
 
 
-def _activate(h: Tensor, activation: str, gated: bool) -> Tensor:
-    function = ACTIVATIONS[activation][0]
-    if not gated:
-        return function(h)
-    gate, up = h.chunk(2, dim=-1)
-    return function(gate).mul_(up)
+def _gate_and_up(h: Tensor, gated: bool) -> tuple[Tensor | None, Tensor]:
+    return tuple(h.chunk(2, dim=-1)) if gated else (None, h)  # pyright: ignore
 
 
-def _activate_backward(da: Tensor, h: Tensor, activation: str, gated: bool) -> Tensor:
-    function, derivative = ACTIVATIONS[activation]
-    if not gated:
-        return derivative(da, h)
-    gate, up = h.chunk(2, dim=-1)
-    dh = torch.empty_like(h)
-    dgate, dup = dh.chunk(2, dim=-1)
-    torch.mul(da, function(gate), out=dup)
-    dgate.copy_(derivative(da.mul_(up), gate))
-    return dh
-
-
-def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
-    """Zeros where a gradient is wanted (experts without tokens keep them), else tensors of no elements."""
+def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool], idle: list[int] | None = None) -> list[Tensor]:
+    """Memory for the gradients, zero for experts that are `idle`; tensors of no elements where none is wanted."""
     x = inputs[0]
     assert x is not None
-    return [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) if n and t is not None else x.new_empty(0)
-        for t, n in zip(inputs, needs, strict=True)
+    grads = [
+        (torch.zeros_like if i == 0 else torch.empty_like)(t, memory_format=torch.contiguous_format)
+        if n and t is not None
+        else x.new_empty(0)
+        for i, (t, n) in enumerate(zip(inputs, needs, strict=True))
     ]
+    for grad, need in zip(grads[2:], needs[2:], strict=True):
+        if need and idle:
+            grad[idle] = 0
+    return grads
+
+
+lean_experts = torch.library.custom_op("moe_adapter::lean_experts", _forward, mutates_args=())
+lean_experts_backward = torch.library.custom_op("moe_adapter::lean_experts_backward", _backward, mutates_args=())
 
 
 @lean_experts.register_fake
-def _(x_TD, index_TK, weights_TK, first_ERD, down_EDF, first_bias_ER, down_bias_ED, activation, gated):
-    return torch.empty_like(x_TD, memory_format=torch.contiguous_format), x_TD.new_empty(
-        index_TK.shape[0] * index_TK.shape[1], first_ERD.shape[1]
-    )
+def _(x_TD, index_TK, weights_TK, first_ERD, down_EDF, first_bias_ER, down_bias_ED, activation, gated, keep):
+    slots = index_TK.shape[0] * index_TK.shape[1] if keep else 0
+    return torch.empty_like(x_TD, memory_format=torch.contiguous_format), x_TD.new_empty(slots, first_ERD.shape[1])
 
 
 @lean_experts_backward.register_fake
@@ -158,18 +161,19 @@ def _(grad, x, index, weights, first, down, first_bias, down_bias, h, activation
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.activation, ctx.gated = inputs
+    *tensors, ctx.activation, ctx.gated, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad_TD: Tensor, _):
-    x, _index, *rest, h = ctx.saved_tensors
+def _autograd(ctx, grad_TD: Tensor, _):
+    refuse_second_derivative()
+    x, index, *rest, h = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = [wanted[0], *wanted[2:7]]
-    grads = lean_experts_backward(grad_TD, x, _index, *rest, h, ctx.activation, ctx.gated, needs)
+    grads = lean_experts_backward(grad_TD, x, index, *rest, h, ctx.activation, ctx.gated, needs)
     dx, *others = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dx, None, *others, None, None
+    return dx, None, *others, None, None, None
 
 
-lean_experts.register_autograd(_backward, setup_context=_setup_context)
+lean_experts.register_autograd(_autograd, setup_context=_setup_context)

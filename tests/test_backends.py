@@ -135,14 +135,15 @@ def test_a_backend_registers_under_a_name():
     assert calls == [(3, 32)] * len(dual_path_layers(model))
 
 
-def test_without_transformers_the_default_goes_on_with_eager():
-    """A plain torch user has no transformers: the first forward says so and works."""
-    code = """
+@pytest.mark.parametrize(("backend", "said"), [("auto", ""), ("grouped_mm", "goes on with eager")])
+def test_without_transformers(backend, said):
+    """A plain torch user has no transformers: the default needs none, and what does says so and works."""
+    code = f"""
 import sys; sys.modules["transformers"] = None
 import torch; from torch import nn; import moe_adapter as ma
-net = nn.ModuleDict({"ffn": nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))})
-ma.inject_dual_path_moe(net, target="ffn", expert_dim=8, shared_expert_dim=8)
+net = nn.ModuleDict(dict(ffn=nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))))
+ma.inject_dual_path_moe(net, target="ffn", expert_dim=8, shared_expert_dim=8, backend={backend!r})
 print(net["ffn"](torch.randn(3, 8)).shape)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "torch.Size([3, 8])" in done.stdout and "eager" in done.stderr
+    assert "torch.Size([3, 8])" in done.stdout and said in done.stderr and bool(said) == bool(done.stderr)

@@ -54,7 +54,8 @@ def test_outputs_and_gradients_equal_the_reference(name, variant, dtype, shape):
     for key, parameter in layer.new_parameters().items():
         reference = twin[key].grad
         error = (parameter.grad.double() - reference).norm() / reference.norm().clamp(min=1e-12)
-        assert error < (1e-4 if dtype == torch.float32 else 1e-9), key
+        single = 1e-3 if parameter.numel() == 1 else 1e-4  # a scalar's gradient is a sum whose terms cancel
+        assert error < (single if dtype == torch.float32 else 1e-9), key
 
 
 def test_the_static_expert_is_the_hosts_own_module():
@@ -84,7 +85,7 @@ def test_a_small_step_of_alpha_reaches_a_bfloat16_forward():
         layer.alpha_logit.add_(2e-5)
     assert layer.alpha.item() != before
     x = torch.randn(4, 32, dtype=torch.bfloat16)
-    shares = layer._shares(x, torch.float32)
+    shares = layer._factors(x)
     assert all(share.dtype == torch.float32 for share in shares)
 
 

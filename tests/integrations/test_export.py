@@ -183,9 +183,18 @@ def test_an_activation_that_no_ffn_holds_goes_by_its_name(activation):
     assert torch.equal(remote.find_activation(name, nn.Linear(2, 2))(x), activation(x))
 
 
+@pytest.mark.parametrize("backend", ["auto", "lean", "grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("host", ["qwen2", "gpt2", "qwen2_vl in bfloat16"])
+def test_every_backend_goes_with_it(host, backend, tmp_path):
+    case = CASES[host]
+    model, found = twins(Case(case.build, case.auto, case.inputs, backend=backend), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(found(**case.inputs).logits, model(**case.inputs).logits)
+
+
 def test_a_backend_that_stays_behind_is_replaced(tmp_path):
-    """The modeling file has no `lean`: its logits are equal to rounding."""
-    case = Case(CASES["qwen2"].build, "AutoModelForCausalLM", backend="lean")
+    """The modeling file has no `megablocks`: its logits are equal to rounding."""
+    case = Case(CASES["qwen2"].build, "AutoModelForCausalLM", backend="megablocks")
     model, found = twins(case, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(found(**TEXT).logits, model(**TEXT).logits, rtol=1e-4, atol=1e-5)
