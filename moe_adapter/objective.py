@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch import nn
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.layer import DualPathMoE
 from moe_adapter.losses import IGNORED_LABEL, total_loss
+
+logger = logging.getLogger(__name__)
 
 
 def dual_path_layers(model: nn.Module) -> dict[str, DualPathMoE]:
@@ -45,6 +49,7 @@ class AddBalanceLoss:
 
     def __init__(self, balance_coef: float):
         self.balance_coef = balance_coef
+        self._said: set[str] = set()
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Weighted, under transformers' `num_items_in_batch`, by this micro-batch's share of the step's label tokens.
@@ -52,29 +57,75 @@ class AddBalanceLoss:
         There the model's loss is a sum over the micro-batch divided by the label tokens of the whole step, so that
         losses are added over micro-batches; the shares make the balance loss the mean over them.
         """
-        if not model.training or not any(layer.routing.calls for layer in dual_path_layers(model).values()):
+        layers = dual_path_layers(model).values()
+        if not model.training or not any(layer.routing.calls for layer in layers):
             return output
+        loss = _loss_of(output)
+        if loss is None:
+            if torch.is_grad_enabled() and any(layer.router.weight.requires_grad for layer in layers if layer.router):
+                self._say_once(NO_LOSS)
+            return output
+        if loss.requires_grad and not any(p.requires_grad for layer in layers for p in layer.new_parameters().values()):
+            self._say_once(ALL_FROZEN)
         share = _step_share(model, kwargs)
-        return _with_loss(output, lambda loss: total_loss(loss, share * balance_loss(model), self.balance_coef), kwargs)
+        return _with_loss(output, loss, total_loss(loss, share * balance_loss(model), self.balance_coef))
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said and not torch.compiler.is_compiling():
+            self._said.add(message)
+            logger.warning(message)
 
 
-def _with_loss(output: Any, change, kwargs: dict[str, Any]) -> Any:
-    """`output` with its loss changed, where it has one: a ModelOutput or dict, or a tuple that starts with it."""
-    if isinstance(output, tuple):
-        has_loss = kwargs.get("labels") is not None and isinstance(output[0], torch.Tensor) and output[0].dim() == 0
-        return (change(output[0]), *output[1:]) if has_loss else output
-    if isinstance(output, dict) and isinstance(output.get("loss"), torch.Tensor):
-        output["loss"] = change(output["loss"])
+NO_LOSS = (
+    "the injected model ran in training mode and its output holds no loss, so γ·L_bal was not added. If you compute "
+    "the loss yourself (label smoothing, compute_loss_func, a loss on the logits), add it there: "
+    "loss = loss + γ·moe_adapter.balance_loss(model)."
+)
+ALL_FROZEN = (
+    "the model trains while its MoE blocks are frozen: get_peft_model freezes all but the LoRA. Call "
+    "set_stage(model, 2) after it to train both."
+)
+
+
+def _loss_of(output: Any) -> torch.Tensor | None:
+    """The loss in a model's output: `loss` of a mapping or object, else the one scalar in it."""
+    if isinstance(output, Mapping):
+        found = [output.get("loss")]
+    elif hasattr(output, "loss"):
+        found = [output.loss]
+    else:
+        found = [part for part in (output if isinstance(output, tuple | list) else (output,)) if _is_scalar(part)]
+    return found[0] if len(found) == 1 and _is_scalar(found[0]) else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _with_loss(output: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    """`output` with `new` in place of its loss `old`."""
+    if output is old:
+        return new
+    if isinstance(output, Mapping):
+        output["loss"] = new  # pyright: ignore
+        return output
+    if isinstance(output, tuple | list):
+        parts = [new if part is old else part for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)  # a NamedTuple's fields
+    output.loss = new
     return output
 
 
 def _step_share(model: nn.Module, inputs: dict[str, Any]) -> float:
     """This micro-batch's share of `num_items_in_batch`, counted as transformers' Trainer counts; 1 without it."""
-    items = inputs.get("num_items_in_batch")
-    if items is None:
-        return 1.0
-    labels = inputs.get("shift_labels")
-    if labels is None:
-        shifted = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        labels = inputs["labels"][..., 1:] if shifted else inputs["labels"]
-    return float(labels.ne(IGNORED_LABEL).sum() / items)
+    items, labels = inputs.get("num_items_in_batch"), inputs.get("shift_labels")
+    if labels is None and (labels := inputs.get("labels")) is not None and _shifts_labels(model):
+        labels = labels[..., 1:]
+    return 1.0 if items is None or labels is None else float(labels.ne(IGNORED_LABEL).sum() / items)
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether the model's loss is transformers' causal one, whose first label is no target."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not getattr(model, "loss_type", None):
+        return False
+    return model.loss_function.__name__ == "ForCausalLMLoss"  # pyright: ignore

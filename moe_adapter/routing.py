@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
+from moe_adapter.errors import MoEAdapterError
 from moe_adapter.losses import RouterCall, layer_balance_loss
 from moe_adapter.masks import MASK_ARGUMENTS, token_mask
 
@@ -41,8 +42,16 @@ class ForwardPass:
         self.gradients[log] = self.gradients.get(log, 0) + gradient
 
     def _end_backward(self) -> None:
+        lost = [log for log in self.gradients if self.recomputed.get(log, 0) < len(self.calls[log])]
         self.gradients.clear()
         self.recomputed.clear()
+        if lost:
+            raise MoEAdapterError(
+                f"the gradient of the balance loss did not reach {len(lost)} router(s): under reentrant checkpointing "
+                "it needs the blocks to be recomputed in the same backward. Add L_bal to the model's loss before "
+                "backward and let the blocks' input require a gradient (model.enable_input_require_grads()), or use "
+                "use_reentrant=False."
+            )
 
 
 class RoutingLog:
