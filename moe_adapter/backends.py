@@ -27,7 +27,7 @@ BACKENDS: dict[str, Backend | str] = {
 }
 
 _loaded: dict[str, Backend | MoEAdapterError] = {}  # what the names turned out to be
-_said: set[tuple[str, str]] = set()
+_said: set[str] = set()
 
 
 def check_backend(name: str) -> None:
@@ -45,16 +45,27 @@ def run_backend(
     chosen = choose(experts, x_TD) if name == "auto" else name
     reason = _refusal(chosen, experts, x_TD)
     if reason:
-        _say_once(chosen, reason)
+        _say_once(logging.WARNING, f"backend {chosen} goes on with eager: {reason}")
         chosen = "eager"
+    elif name == "auto":
+        device, dtype = x_TD.device.type, str(experts.first.dtype).removeprefix("torch.")
+        _say_once(logging.INFO, f"backend auto is {chosen} for {dtype} on {device}")
     return load_backend(chosen)(experts, x_TD, index_TK, weights_TK)
 
 
 def choose(experts, x_TD: torch.Tensor) -> str:
-    """The backend that "auto" stands for: `grouped_mm` on a GPU, where `lean` would wait for counts, else `lean`."""
+    """The backend that "auto" stands for.
+
+    On a GPU `grouped_mm`, which never waits for the counts of the experts' tokens; else `lean`, for any number of them.
+    """
     if experts.activation is None or (x_TD.is_cuda and _refusal("grouped_mm", experts, x_TD) is None):
         return "grouped_mm"
     return "lean"
+
+
+def doctor() -> dict[str, str]:
+    """Which backends there are here: name → "available", or why it is not and what to do."""
+    return {name: str(found) if isinstance(found := _load(name), MoEAdapterError) else "available" for name in BACKENDS}
 
 
 def load_backend(name: str) -> Backend:
@@ -88,21 +99,15 @@ def _resolve(name: str) -> Backend | MoEAdapterError:
 
 
 def _refusal(name: str, experts, x_TD: torch.Tensor) -> str | None:
-    """Why the backend can't take this input, or None."""
-    if name == "eager":
-        return None
+    """Why the backend can't take this input, or None; a backend that knows holds its answer as `refusal`."""
     found = _load(name)
     if isinstance(found, MoEAdapterError):
         return str(found)
-    if x_TD.shape[0] == 0:
-        return "no tokens"
-    refusal = getattr(found, "refusal", None)  # an integration knows best what it takes
-    if refusal is not None:
-        return refusal(experts, x_TD)
-    if name == "lean" and experts.activation is None:
-        return "lean knows no derivative of this activation"
-    if name != "grouped_mm":
-        return None
+    refusal = getattr(found, "refusal", None) or (_grouped_mm_refusal if name == "grouped_mm" else None)
+    return refusal(experts, x_TD) if refusal else None
+
+
+def _grouped_mm_refusal(experts, x_TD: torch.Tensor) -> str | None:
     first = experts.first
     if first.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"grouped_mm has no {str(first.dtype).removeprefix('torch.')} kernel"
@@ -111,7 +116,7 @@ def _refusal(name: str, experts, x_TD: torch.Tensor) -> str | None:
     return None
 
 
-def _say_once(name: str, reason: str) -> None:
-    if not torch.compiler.is_compiling() and (name, reason) not in _said:
-        _said.add((name, reason))
-        logger.warning("backend %s goes on with eager: %s", name, reason)
+def _say_once(level: int, message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _said:
+        _said.add(message)
+        logger.log(level, message)

@@ -33,6 +33,14 @@ def lean(experts, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
     return out_TD.to(x_TD.dtype)
 
 
+def refusal(experts, x_TD: Tensor) -> str | None:
+    """Why `lean` can't take these experts, or None."""
+    return "lean knows no derivative of this activation" if experts.activation is None else None
+
+
+lean.refusal = refusal  # pyright: ignore
+
+
 def _forward(
     x_TD: Tensor,
     index_TK: Tensor,
