@@ -25,6 +25,7 @@ SHAPES = {
     "odd sizes": dict(tokens=13, experts=5, top_k=3, hidden=33, width=7),
     "one expert": dict(tokens=5, experts=1, top_k=1, hidden=16, width=8),
     "many experts": dict(tokens=9, experts=64, top_k=8, hidden=16, width=8),
+    "many tokens": dict(tokens=4097, experts=8, top_k=2, hidden=16, width=8),
 }
 
 
@@ -92,14 +93,113 @@ def test_outputs_and_gradients(backend, shape, dtype, gated, bias, skew):
         assert (grad.double() - wanted.grad).norm() <= limit
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_stays_close(backend):
+def contiguous(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape)
+
+
+def transposed(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape[::-1]).T
+
+
+def expanded(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape[1]).expand(shape)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "x", "weights", "experts", "down_proj"])
+@pytest.mark.parametrize("make_x", [contiguous, transposed, expanded])
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_awkward_inputs(backend, make_x, frozen, nan_filled_memory):
+    """Strided x, an expanded gradient, frozen parts, and memory that holds NaN before it is written."""
     shape = SHAPES["plain"]
-    experts = make_experts(backend, shape, torch.bfloat16, gated=True, bias=False)
+    experts = make_experts(backend, shape, torch.float32, gated=True, bias=True)
+    index, weights = make_routing(shape, "empty")
+    x = make_x((shape["tokens"], shape["hidden"])).requires_grad_(frozen != "x")
+    weights.requires_grad_(frozen != "weights")
+    for name, parameter in experts.named_parameters():
+        parameter.requires_grad_(frozen not in ("experts", name))
+    x64, w64 = x.detach().double().requires_grad_(), weights.detach().double().requires_grad_()
+    expected, first, down = reference(experts, x64, index, w64, gated=True)
+    expected.sum().backward()
+    experts(x, index, weights).sum().backward()
+    for got, wanted in ((x, x64), (weights, w64), (experts.first, first), (experts.down_proj, down)):
+        assert (got.grad is None) == (not got.requires_grad)
+        if got.grad is not None:
+            torch.testing.assert_close(got.grad.double(), wanted.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_a_run_repeats_bit_for_bit(backend, nan_filled_memory):
+    shape = SHAPES["many tokens"]
+    experts = make_experts(backend, shape, torch.float32, gated=True, bias=False)
     index, weights = make_routing(shape, "even")
-    x = torch.randn(shape["tokens"], shape["hidden"], dtype=torch.bfloat16)
-    expected, *_ = reference(experts, x.double(), index, weights.double(), gated=True)
-    torch.testing.assert_close(experts(x, index, weights).double(), expected, rtol=0.05, atol=0.05)
+    x = torch.randn(shape["tokens"], shape["hidden"])
+    runs = []
+    for _ in range(2):
+        y = experts(x, index, weights)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), list(experts.parameters()))))
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_lean_against_finite_differences(gated, bias):
+    shape = dict(tokens=5, experts=3, top_k=2, hidden=4, width=3)
+    experts = make_experts("lean", shape, torch.float64, gated=gated, bias=bias)
+    index, weights = make_routing(shape, "even")
+    names, parameters = zip(*experts.named_parameters(), strict=True)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+
+    def call(x, weights, *tensors):
+        given = dict(zip(names, tensors, strict=True))
+        return torch.func.functional_call(experts, given, (x, index, weights))
+
+    assert torch.autograd.gradcheck(call, (x, weights.double().requires_grad_(), *parameters))
+
+
+def test_lean_refuses_a_second_derivative():
+    shape = SHAPES["plain"]
+    experts = make_experts("lean", shape, torch.float64, gated=True, bias=False)
+    index, weights = make_routing(shape, "even")
+    x = torch.randn(shape["tokens"], shape["hidden"], dtype=torch.float64, requires_grad=True)
+    with pytest.raises(MoEAdapterError, match="eager"):
+        torch.autograd.grad(experts(x, index, weights.double()).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_half_precision_stays_close(backend, dtype, autocast):
+    shape = SHAPES["plain"]
+    experts = make_experts(backend, shape, torch.float32 if autocast else dtype, gated=True, bias=False)
+    index, weights = make_routing(shape, "even")
+    x = torch.randn(shape["tokens"], shape["hidden"], dtype=experts.first.dtype, requires_grad=True)
+    x64 = x.detach().double().requires_grad_()
+    expected, first, _ = reference(experts, x64, index, weights.double(), gated=True)
+    expected.square().sum().backward()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        y = experts(x, index, weights)
+    y.float().square().sum().backward()
+    assert y.dtype == x.dtype and experts.first.grad.dtype == experts.first.dtype
+    for got, wanted in ((y, expected), (x.grad, x64.grad), (experts.first.grad, first.grad)):
+        assert (got.double() - wanted).norm() <= 0.02 * wanted.norm()
+
+
+def test_the_choice_of_auto_is_said_once(caplog):
+    shape = SHAPES["plain"]
+    experts = make_experts("auto", shape, torch.float32, gated=True, bias=False)
+    index, weights = make_routing(shape, "even")
+    backends._said.clear()
+    with caplog.at_level(logging.INFO, logger="moe_adapter.backends"):
+        for _ in range(3):
+            experts(torch.randn(37, 32), index, weights)
+    assert [record.message for record in caplog.records] == ["backend auto is lean for float32 on cpu"]
+
+
+def test_doctor_says_what_is_there_and_what_to_do():
+    found = backends.doctor()
+    assert found.keys() == backends.BACKENDS.keys()
+    assert found["eager"] == found["lean"] == found["grouped_mm"] == "available"
+    assert found["megablocks"] == "available" or "pip install" in found["megablocks"]
 
 
 def test_what_a_backend_refuses_falls_back_and_is_said_once(caplog):
