@@ -1,0 +1,54 @@
+"""Medians of interleaved rounds: every subject is timed once a round, so that a slow minute slows all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds: the median of the rounds and the distance between their quartiles."""
+
+    median: float
+    spread: float
+
+
+def interleaved(calls: dict[str, Callable[[], object]], *, seconds: float, rounds: int = 15) -> dict[str, Time]:
+    """Time the calls in turns for about `seconds`, in 3 to `rounds` rounds after one that is thrown away."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    spent = 0.0
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            took = _once(call)
+            spent += took
+            if turn:
+                found[name].append(took)
+        if turn >= 3 and spent > seconds:
+            break
+    return {name: _summary(times) for name, times in found.items()}
+
+
+def _once(call: Callable[[], object]) -> float:
+    """One call, or as many as fill a millisecond."""
+    _wait()
+    start, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - start < 2e-3:
+        call()
+        count += 1
+    _wait()
+    return (time.perf_counter() - start) / count
+
+
+def _summary(times: list[float]) -> Time:
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Time(median, high - low)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
