@@ -133,19 +133,19 @@ class Experts(nn.Module):
 
     def _sorted(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Slots in the order of their experts; the routing weight is folded in before the down projection."""
-        flat, out_TD = index_TK.reshape(-1), torch.zeros_like(x_TD)
-        first, first_bias = getattr(self, self.first), getattr(self, f"{self.first}_bias", None)
-        groups = flat.argsort(stable=True).split(torch.bincount(flat, minlength=self.num_experts).tolist())
-        for expert, slot in enumerate(groups):
-            token = slot // index_TK.shape[1]
-            h = x_TD[token] @ first[expert].T
+        first, first_bias, parts = getattr(self, self.first), getattr(self, f"{self.first}_bias", None), []
+        flat = index_TK.reshape(-1)
+        order = flat.argsort(stable=True)
+        for expert, slot in enumerate(order.split(torch.bincount(flat, minlength=self.num_experts).tolist())):
+            h = x_TD[slot // index_TK.shape[1]] @ first[expert].T
             h = h + first_bias[expert] if self.has_bias else h
             h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
-            weight = weights_TK.reshape(-1)[slot].to(h.dtype)[:, None]
+            weight = weights_TK.reshape(-1, 1)[slot].to(h.dtype)
             h = (h * weight) @ self.down_proj[expert].T
-            h = h + weight * self.down_proj_bias[expert] if self.has_bias else h
-            out_TD = out_TD.index_add(0, token, h)
-        return out_TD
+            parts.append(h + weight * self.down_proj_bias[expert] if self.has_bias else h)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return F.embedding_bag(place.view_as(index_TK), torch.cat(parts), mode="sum")
 
     def _one_by_one(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         out_TD = torch.zeros(x_TD.shape, device=x_TD.device, dtype=torch.promote_types(x_TD.dtype, weights_TK.dtype))

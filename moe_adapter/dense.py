@@ -7,11 +7,12 @@ trains it goes over the tokens in chunks on a CPU, so that what passes between t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from moe_adapter.activations import activate, activate_backward
 from moe_adapter.errors import MoEAdapterError
@@ -35,9 +36,18 @@ class Maps(NamedTuple):
 
 def dense_ffn(x_TD: Tensor, factor: Tensor, maps: Maps, activation: str) -> Tensor:
     """s·FFN(x), shape (T, D), for a `factor` s (1,) or (T, 1) in float32 and an `activation` in ACTIVATIONS."""
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, factor, *maps))
-    run = dense_ffn_op if keep or torch.compiler.is_compiling() else _forward
-    return run(x_TD, factor, *maps, activation, keep)[0]
+    run = fastest(_forward, DenseFFN, dense_ffn_op, (x_TD, factor, *maps))
+    return run(x_TD, factor, *maps, activation, run is not _forward)[0]
+
+
+def fastest(
+    plain: Callable, function: type[Function], operator: Callable, tensors: Sequence[Tensor | None]
+) -> Callable:
+    """How to run an operator: as one under torch.compile, else without the dispatcher, and plain without gradients."""
+    if torch.compiler.is_compiling():
+        return operator
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return function.apply if wanted else plain
 
 
 def _forward(
@@ -172,10 +182,10 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _autograd(ctx, dy_TD: Tensor, *_):
+def _autograd(ctx, dy_TD: Tensor, *_, run: Callable = dense_ffn_backward_op):
     refuse_second_derivative()
     needs = list(ctx.needs_input_grad[:8])
-    grads = dense_ffn_backward_op(dy_TD, *ctx.saved_tensors, ctx.activation, needs)
+    grads = run(dy_TD, *ctx.saved_tensors, ctx.activation, needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 
@@ -189,3 +199,14 @@ def refuse_second_derivative() -> None:
 
 
 dense_ffn_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class DenseFFN(Function):
+    """The operator without the dispatcher's cost, where nothing is compiled."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _autograd(ctx, *grads, run=_backward)

@@ -1,8 +1,8 @@
 """The `lean` backend: the routed experts as one dropless operator that reads each weight once a pass.
 
 Slots (token, expert) are sorted by expert; each expert then multiplies its own rows, with no one-hot, no padding and
-no weight indexed under autograd. The routing weight is folded in before the down projection, whose result is added
-straight to the output. Backward recomputes the activations from the pre-activations that forward kept.
+no weight indexed under autograd. The routing weight is folded in before the down projection; each token's K results
+are summed in one pass. Backward recomputes the activations from the pre-activations that forward kept.
 
 It is a custom operator with a shape rule, so torch.compile takes it whole, whatever the number of tokens. S is the
 number of slots, T·K; R the rows of the first projection, 2F gated or F.
@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_adapter.activations import activate, activate_backward
-from moe_adapter.dense import refuse_second_derivative
-
-FEW = 16  # slots, up to which they are sorted in Python
+from moe_adapter.dense import fastest, refuse_second_derivative
 
 
 def lean(experts, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -27,8 +26,8 @@ def lean(experts, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
     x, device = x_TD, x_TD.device.type
     if torch.is_autocast_enabled(device):
         x, *weights = [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in (x, *weights)]
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights_TK, *weights))
-    run: Callable = lean_experts if keep or torch.compiler.is_compiling() else _forward
+    run = fastest(_forward, LeanExperts, lean_experts, (x, weights_TK, *weights))
+    keep = run is not _forward
     out_TD, _ = run(x, index_TK, weights_TK, *weights, experts.activation, experts.has_gate, keep)
     return out_TD.to(x_TD.dtype)
 
@@ -54,23 +53,20 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, D) and, if `keep`, the sorted slots' pre-activations (S, R) for backward."""
-    slots, groups = _groups(index_TK, first_ERD.shape[0])
-    out_TD = torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
-    h_SR = x_TD.new_empty(index_TK.numel() if keep else 0, first_ERD.shape[1])
-    weights_S = weights_TK.reshape(-1)
-    for expert, start, end in groups:
-        slot = slots[start:end]
-        token = slot // index_TK.shape[1]
-        out = {"out": h_SR[start:end]} if keep else {}
-        h = torch.mm(x_TD[token], first_ERD[expert].T, **out)
+    slot_S, groups = _groups(index_TK, first_ERD.shape[0])
+    token_S, weight_S1 = slot_S // index_TK.shape[1], weights_TK.reshape(-1, 1)[slot_S].to(x_TD.dtype)
+    y_SD = x_TD.new_empty(len(slot_S), x_TD.shape[1])
+    h_SR = x_TD.new_empty(len(slot_S) if keep else 0, first_ERD.shape[1])
+    for expert, rows in groups:
+        token, weight = token_S[rows], weight_S1[rows]
+        h = torch.mm(x_TD[token], first_ERD[expert].T, **({"out": h_SR[rows]} if keep else {}))
         if first_bias_ER is not None:
             h += first_bias_ER[expert]
-        weight = weights_S[slot].to(h.dtype)[:, None]
-        y = activate(activation, *_gate_and_up(h, gated)).mul_(weight) @ down_EDF[expert].T
+        a = activate(activation, *_gate_and_up(h, gated)).mul_(weight)
+        y = torch.mm(a, down_EDF[expert].T, out=y_SD[rows])
         if down_bias_ED is not None:
             y += weight * down_bias_ED[expert]
-        out_TD.index_add_(0, token, y)
-    return out_TD, h_SR
+    return _combine(y_SD, slot_S, index_TK), h_SR
 
 
 def _backward(
@@ -89,23 +85,22 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x, weights and the four parameters; an empty tensor where `needs` says that none is wanted."""
     inputs = (x_TD, weights_TK, first_ERD, down_EDF, first_bias_ER, down_bias_ED)
-    slots, groups = _groups(index_TK, first_ERD.shape[0])
-    idle = sorted(set(range(first_ERD.shape[0])) - {expert for expert, *_ in groups})
+    slot_S, groups = _groups(index_TK, first_ERD.shape[0])
+    token_S, weight_S1 = slot_S // index_TK.shape[1], weights_TK.reshape(-1, 1)[slot_S].to(x_TD.dtype)
+    idle = sorted(set(range(first_ERD.shape[0])) - {expert for expert, _ in groups})
     grads = _empty_grads(inputs, needs, idle)
-    dx_TD, dw_TK, dfirst, ddown, dfirst_bias, ddown_bias = (g if n else None for g, n in zip(grads, needs, strict=True))
-    weights_S = weights_TK.reshape(-1)
-    dw_S = None if dw_TK is None else dw_TK.view(-1)
-    for expert, start, end in groups:
-        slot, h = slots[start:end], h_SR[start:end]
-        token = slot // index_TK.shape[1]
-        gate, up = _gate_and_up(h, gated)
-        weight, dy = weights_S[slot].to(h.dtype)[:, None], grad_TD[token]
+    dx_SD = x_TD.new_empty(len(slot_S) if needs[0] else 0, x_TD.shape[1])
+    _, dw_TK, dfirst, ddown, dfirst_bias, ddown_bias = (g if n else None for g, n in zip(grads, needs, strict=True))
+    for expert, rows in groups:
+        token, weight = token_S[rows], weight_S1[rows]
+        gate, up = _gate_and_up(h_SR[rows], gated)
+        dy = grad_TD[token]
         da, a = dy @ down_EDF[expert], activate(activation, gate, up)
-        if dw_S is not None:
-            dw = (da * a).sum(-1, dtype=dw_S.dtype)
+        if dw_TK is not None:
+            dw = (da * a).sum(-1, dtype=dw_TK.dtype)
             if down_bias_ED is not None:
-                dw += (dy * down_bias_ED[expert]).sum(-1, dtype=dw_S.dtype)
-            dw_S[slot] = dw
+                dw += (dy * down_bias_ED[expert]).sum(-1, dtype=dw_TK.dtype)
+            dw_TK.view(-1)[slot_S[rows]] = dw
         if ddown is not None:
             torch.mm(dy.T, a.mul_(weight), out=ddown[expert])
         if ddown_bias is not None:
@@ -116,19 +111,27 @@ def _backward(
             dfirst_bias[expert] = dh.sum(0)
         if dfirst is not None:
             torch.mm(dh.T, x_TD[token], out=dfirst[expert])
-        if dx_TD is not None:
-            dx_TD.index_add_(0, token, dh @ first_ERD[expert])
+        if needs[0]:
+            torch.mm(dh, first_ERD[expert], out=dx_SD[rows])
+    if needs[0]:
+        grads[0] = _combine(dx_SD, slot_S, index_TK)
     return grads
 
 
-def _groups(index_TK: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """Slots ordered by expert, and (expert, start, end) of each expert that has any."""
+def _combine(y_SD: Tensor, slot_S: Tensor, index_TK: Tensor) -> Tensor:
+    """Each token's sum over its K slots, (T, D), from rows in the order of `slot_S`; added up in float32 at least."""
+    place_S = torch.empty_like(slot_S)
+    place_S[slot_S] = torch.arange(len(slot_S), device=slot_S.device)
+    return F.embedding_bag(place_S.view_as(index_TK), y_SD, mode="sum")
+
+
+def _groups(index_TK: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, slice]]]:
+    """Slots ordered by expert, and which of them each expert has that has any."""
     flat = index_TK.reshape(-1)
-    counts = torch.bincount(flat, minlength=experts).tolist()
     groups, start = [], 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(torch.bincount(flat, minlength=experts).tolist()):
         if count:
-            groups.append((expert, start, start + count))
+            groups.append((expert, slice(start, start + count)))
         start += count
     return flat.argsort(stable=True), groups
 
@@ -142,10 +145,8 @@ def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool], idle: lis
     x = inputs[0]
     assert x is not None
     grads = [
-        (torch.zeros_like if i == 0 else torch.empty_like)(t, memory_format=torch.contiguous_format)
-        if n and t is not None
-        else x.new_empty(0)
-        for i, (t, n) in enumerate(zip(inputs, needs, strict=True))
+        x.new_empty(0) if t is None or not n else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, n in zip(inputs, needs, strict=True)
     ]
     for grad, need in zip(grads[2:], needs[2:], strict=True):
         if need and idle:
@@ -174,14 +175,25 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad_TD: Tensor, _):
+def _autograd(ctx, grad_TD: Tensor, _, run: Callable = lean_experts_backward):
     refuse_second_derivative()
     x, index, *rest, h = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = [wanted[0], *wanted[2:7]]
-    grads = lean_experts_backward(grad_TD, x, index, *rest, h, ctx.activation, ctx.gated, needs)
+    grads = run(grad_TD, x, index, *rest, h, ctx.activation, ctx.gated, needs)
     dx, *others = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return dx, None, *others, None, None, None
 
 
 lean_experts.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class LeanExperts(torch.autograd.Function):
+    """The operator without the dispatcher's cost, where nothing is compiled."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _autograd(ctx, *grads, run=_backward)
