@@ -6,25 +6,38 @@ import argparse
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from examples.echovlm.config import load_preset
-from examples.echovlm.recipe import run
 from moe_adapter import MoEAdapterError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipe; 2 with one clear line for what the user got wrong."""
     options = _parser().parse_args(arguments)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         _check_paths(options)
-        run(load_preset(options.preset), cases_file=options.cases, base=options.base, out=options.out)
+        config = load_preset(options.preset)
+        _load_recipe()(config, cases_file=options.cases, base=options.base, out=options.out)
     except MoEAdapterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _load_recipe() -> Callable[..., Path]:
+    """The recipe, imported once the libraries below it are told to speak of errors only."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # its level it sets itself
+    from transformers.utils.logging import set_verbosity_error
+
+    from examples.echovlm.recipe import run
+
+    set_verbosity_error()
+    return run
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from transformers import BatchFeature, PreTrainedModel
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import EvaluationConfig
 from examples.echovlm.tasks import Example
+from examples.echovlm.training import own_precision
 from moe_adapter.analysis.record import RoutingRecorder
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
@@ -33,7 +34,8 @@ def answer(
         if record is not None:
             record.batch(case_ids=[row.case_id for row in rows], groups=[row.organ for row in rows])
         batch = batch.to(model.device)
-        out = model.generate(**batch, max_new_tokens=config.max_new_tokens, **GREEDY)
+        with own_precision(model):
+            out = model.generate(**batch, max_new_tokens=config.max_new_tokens, **GREEDY)
         new = out[:, batch["input_ids"].shape[1] :]
         answers += collator.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.strip() for text in answers]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     PreTrainedModel,
@@ -25,7 +26,7 @@ from examples.echovlm.pictures import picture_example
 from examples.echovlm.processor import build_processor, set_image_side
 from examples.echovlm.tasks import Example, examples_of
 from examples.echovlm.tokenizer import train_tokenizer
-from examples.echovlm.training import train
+from examples.echovlm.training import train, use_bf16
 from examples.echovlm.vision import pretrain_vision
 from moe_adapter import MoEAdapterError
 
@@ -35,20 +36,33 @@ CAPTIONS = 500  # picture descriptions in the tokenizer's corpus
 def load_base(path: Path, config: RecipeConfig) -> tuple[PreTrainedModel, Collator]:
     """A checkpoint directory's vision-language model, on the GPU when there is one, and a collator of its processor.
 
-    Raises: MoEAdapterError if there is no such checkpoint.
+    Raises: MoEAdapterError if there is no such checkpoint, or its processor has no chat template that can be used.
     """
     try:
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
         model = AutoModelForImageTextToText.from_pretrained(
-            path, attn_implementation=config.attention, local_files_only=True
+            path, attn_implementation=config.attention, dtype=_dtype(path, config.precision), local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise MoEAdapterError(
             f"--base {path}: got no vision-language checkpoint ({str(error).splitlines()[0]}); expected a directory "
             "with a model and its processor, as save_pretrained writes them"
         ) from None
+    if not processor.chat_template:
+        raise MoEAdapterError(
+            f"--base {path}: its processor has no chat template, expected one to ask questions with; put the "
+            "instruction-tuned model's chat_template.jinja into the directory"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device), Collator(set_image_side(processor, config.image_side), config.max_length)
+
+
+def _dtype(path: Path, precision: str) -> str | torch.dtype:
+    """The checkpoint's own ("auto"), except where nothing is computed in bf16, and for float16, which can't mix in."""
+    if not use_bf16(precision):
+        return torch.float32
+    stored = AutoConfig.from_pretrained(path, local_files_only=True).dtype
+    return torch.bfloat16 if stored == torch.float16 else "auto"
 
 
 def make_base(config: RecipeConfig, data: Data, out: Path, account: Account) -> Path:

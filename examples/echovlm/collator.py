@@ -22,8 +22,10 @@ class Collator:
     """
 
     def __init__(self, processor: ProcessorMixin, max_length: int) -> None:
+        """Raises: MoEAdapterError if the processor's chat template can't tell prompt and response apart."""
         self.processor = processor
         self.max_length = max_length
+        self._response(Example(prompt="?", answer="!"))
 
     def __call__(self, items: Sequence[Example | list[int]]) -> BatchFeature:
         """A batch of B rows with input_ids, attention_mask, labels (B × T) and the images.
@@ -55,11 +57,21 @@ class Collator:
         return batch
 
     def _response(self, example: Example) -> list[int]:
-        """Token ids of the answer as the chat template writes it, up to the end of the turn."""
+        """Token ids of the answer as the chat template writes it, up to the end of the turn.
+
+        Raises: MoEAdapterError if what generation starts from is no prefix of the conversation; labels would then
+        cover the prompt.
+        """
         prompt = self._render(example.messages(), add_generation_prompt=True)
         answer = {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}
         whole = self._render([*example.messages(), answer], add_generation_prompt=False)
-        return self.processor.tokenizer(whole.removeprefix(prompt).rstrip(), add_special_tokens=False)["input_ids"]
+        if not whole.startswith(prompt):
+            raise MoEAdapterError(
+                f"chat template: its generation prompt ends in {prompt[-40:]!r}, where the conversation with the "
+                "answer goes on otherwise; expected a prefix of it. Give the processor a template that opens the "
+                "answer as it writes it, without an added <think> or the like"
+            )
+        return self.processor.tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
 
     def _append(self, batch: BatchFeature, is_turn: torch.Tensor, responses: list[list[int]]) -> BatchFeature:
         """Put the responses right of the prompts; rows without a turn have an empty prompt."""

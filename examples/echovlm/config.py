@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -19,7 +21,8 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from moe_adapter import MoEAdapterError
+from examples.echovlm.pictures import CELL, LABEL_CLASSES
+from moe_adapter import DualPathConfig, MoEAdapterError
 
 PRESETS = Path(__file__).parent / "presets"
 _FORBID_UNKNOWN = ConfigDict(extra="forbid")
@@ -30,6 +33,28 @@ class PresetError(MoEAdapterError):
     """A preset that cannot be found, read or validated."""
 
 
+Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"]
+
+
+def _pattern(text: str) -> str:
+    """A regular expression that may be broken into lines, in one piece."""
+    pattern = "".join(text.split())
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"got {pattern!r}, expected a regular expression of module names: {error}") from None
+    return pattern
+
+
+def _dual_path(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as they are, once `DualPathConfig` has taken them."""
+    try:
+        DualPathConfig.from_dict(values)
+    except MoEAdapterError as error:
+        raise ValueError(str(error)) from None
+    return values
+
+
 @dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
 class TrainingConfig:
     """One training run of transformers' Trainer (AdamW)."""
@@ -38,7 +63,7 @@ class TrainingConfig:
     epochs: PositiveFloat = 1.0
     batch_size: PositiveInt = 1
     accumulation: PositiveInt = 1
-    scheduler: str = "cosine"
+    scheduler: Scheduler = "cosine"
     warmup_ratio: Share = 0.03
     weight_decay: NonNegativeFloat = 0.0
 
@@ -50,7 +75,7 @@ class LoRAConfig:
     r: PositiveInt = 8
     alpha: PositiveInt = 16
     dropout: Share = 0.05
-    target: str
+    target: Annotated[str, AfterValidator(_pattern)]
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
@@ -88,10 +113,11 @@ class EvaluationConfig:
 class RecipeConfig:
     """Everything the recipe can be told; the defaults live in `presets/paper.yaml`.
 
-    `image_side`: each frame is resized to about image_side² pixels. `moe`: arguments of
-    `moe_adapter.DualPathConfig`. `instructions`: stage II's tasks, and how often an epoch shows each
-    case's examples of them. `phantoms` and `base` are None where the preset expects
-    the user's own cases and checkpoint.
+    `image_side`: each frame is resized to about image_side² pixels. `precision`: "bf16" is autocast over float32
+    weights that train and a frozen base in its checkpoint's dtype, "fp32" is float32 throughout, "auto" is bf16 where
+    the processor multiplies it natively. `moe`: arguments of `moe_adapter.DualPathConfig`. `instructions`: stage II's
+    tasks, and how often an epoch shows each case's examples of them. `phantoms` and `base` are None where the preset
+    expects the user's own cases and checkpoint; what `base` says of `text` and `vision` only transformers checks.
     """
 
     image_side: PositiveInt
@@ -100,7 +126,7 @@ class RecipeConfig:
     gradient_checkpointing: bool
     attention: Literal["eager", "sdpa", "flash_attention_2"]
     seed: int
-    moe: dict[str, Any]
+    moe: Annotated[dict[str, Any], AfterValidator(_dual_path)]
     lora: LoRAConfig
     stage1: TrainingConfig
     stage2: TrainingConfig
@@ -108,6 +134,14 @@ class RecipeConfig:
     evaluation: EvaluationConfig
     phantoms: PhantomConfig | None = None
     base: BaseConfig | None = None
+
+    def __post_init__(self) -> None:
+        largest = CELL * LABEL_CLASSES["row"]
+        if self.base and (self.image_side % CELL or self.image_side > largest):
+            raise ValueError(
+                f"image_side: got {self.image_side}, expected a multiple of {CELL} up to {largest} where the base is "
+                "made here (a visual token sees so many pixels); any number will do with `base: null` and --base"
+            )
 
 
 def load_preset(name: str) -> RecipeConfig:
@@ -148,6 +182,8 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
 def _describe(error: Any) -> str:
     """One pydantic error as `field: what is expected, got what`, with the nearest known name."""
     where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":  # of a check made here, which says what it got
+        return f"{where}: {error['ctx']['error']}".removeprefix(": ")
     if error["type"] != "unexpected_keyword_argument":
         return f"{where}: {error['msg']}, got {error['input']!r}"
     nearest = difflib.get_close_matches(str(error["loc"][-1]), _field_names(), n=1)

@@ -19,6 +19,7 @@ from examples.echovlm.data import Data
 from examples.echovlm.general import blocks, general_text
 from examples.echovlm.metrics import METRICS, finding_accuracy, text_scores
 from examples.echovlm.tasks import Example, examples_of
+from examples.echovlm.training import own_precision
 
 GENERAL_BLOCKS = 256  # of held-out general text, enough for the second decimal of its loss
 
@@ -83,7 +84,8 @@ class Evaluator:
         model.eval()
         size = self.config.evaluation.batch_size
         batches = [self.text[start : start + size] for start in range(0, len(self.text), size)]
-        losses = [float(model(**self.collator(batch).to(model.device)).loss) for batch in batches]
+        with own_precision(model):
+            losses = [float(model(**self.collator(batch).to(model.device)).loss) for batch in batches]
         return float(np.average(losses, weights=[len(batch) for batch in batches]))
 
     def _organs(self) -> list[str]:

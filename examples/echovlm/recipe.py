@@ -42,10 +42,9 @@ def run(config: RecipeConfig, *, cases_file: Path | None, base: Path | None, out
         scored.append(evaluator.evaluate("stage I", model))
 
     with account.step("Stage II: cooperative instruction fine-tuning"):
-        fresh, _ = load_base(base, config)
         times = config.instructions.items()
         instructions = [e for task, n in times for e in examples_of(data.train, data.folder, (task,)) * n]
-        model = stage2(fresh, instructions, collator, config, out / "stage1", out / "stage2", account)
+        model = stage2(model, instructions, collator, config, out / "stage2", account)
     with account.step("Evaluate stage II"):
         scored.append(evaluator.evaluate("stage II", model))
         shuffled = evaluator.evaluate_shuffled("stage II", model)
@@ -53,7 +52,7 @@ def run(config: RecipeConfig, *, cases_file: Path | None, base: Path | None, out
             static_loss = evaluator.general_loss(model)
 
     with account.step("Routing (Figure 5)"):
-        record_and_draw(model, evaluator.examples, collator, config, out, account)
+        figure = record_and_draw(model, evaluator.examples, collator, config, out, account)
     with account.step("Show cases"):
         cases, questions = zip(*data.shown, strict=True)
         shown = answer(model, questions, collator, config.evaluation, label="show cases")
@@ -62,6 +61,7 @@ def run(config: RecipeConfig, *, cases_file: Path | None, base: Path | None, out
         shuffled=shuffled,
         static_loss=static_loss,
         weights=path_weights(model),
+        figure=figure,
         shown=list(zip(cases, questions, shown, strict=True)),
     )
     return write_results(out, data, results, account)

@@ -12,22 +12,26 @@ from examples.echovlm.cases import Case
 from examples.echovlm.data import Data
 from examples.echovlm.evaluation import Scored
 from examples.echovlm.metrics import IMPLEMENTATIONS
-from examples.echovlm.routing import FIGURE
 from examples.echovlm.tables import findings_table, markdown, score_table
 from examples.echovlm.tasks import Example
 
 REPORT, RESULTS = "report.md", "results.json"
+SYMBOLS = {"alpha": "α", "lambda": "λ"}
 SAMPLES = 7  # held-out reports shown beside their references
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What the recipe found. `scored` in the order of the tables, stage II last; `weights` by layer."""
+    """What the recipe found. `scored` in the order of the tables, stage II last; `weights` by layer.
+
+    `figure` is the name of Figure 5's PNG, None if nothing is routed.
+    """
 
     scored: Sequence[Scored]
     shuffled: Scored
     static_loss: float
     weights: list[dict[str, float]]
+    figure: str | None
     shown: list[tuple[Case, Example, str]]
 
 
@@ -38,7 +42,7 @@ def write_results(out: Path, data: Data, results: Results, account: Account) -> 
     parts = [
         "# EchoVLM recipe: what this run found\n",
         tables,
-        f"## Where the tokens went (Figure 5)\n\n![routed tokens by organ and expert]({FIGURE}.png)\n",
+        _figure(results),
         _weights(results),
         _samples(data, results),
         _shown(results),
@@ -76,9 +80,20 @@ def _tables(results: Results) -> str:
     )
 
 
+def _figure(results: Results) -> str:
+    if results.figure is None:
+        return "## Where the tokens went (Figure 5)\n\nNo token is routed: there are no routed experts.\n"
+    return f"## Where the tokens went (Figure 5)\n\n![routed tokens by organ and expert]({results.figure})\n"
+
+
 def _weights(results: Results) -> str:
-    rows = [(layer, *(f"{value:.3f}" for value in row.values())) for layer, row in enumerate(results.weights)]
-    return "## α and λ by layer after stage II (equation 3)\n\n" + markdown(["layer", "α", "λ"], rows) + "\n"
+    """The scalars that the layers have: no λ without a shared expert, neither where each token has its own."""
+    names = list(results.weights[0])
+    if not names:
+        return "## α and λ after stage II (equation 3)\n\nEach token has its own weights (mixing: token).\n"
+    rows = [(layer, *(f"{row[name]:.3f}" for name in names)) for layer, row in enumerate(results.weights)]
+    head = ["layer", *(SYMBOLS[name] for name in names)]
+    return f"## {' and '.join(head[1:])} by layer after stage II (equation 3)\n\n{markdown(head, rows)}\n"
 
 
 def _samples(data: Data, results: Results) -> str:

@@ -12,6 +12,7 @@ from examples.echovlm.answering import answer
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import RecipeConfig
 from examples.echovlm.tasks import Example
+from moe_adapter import dual_path_layers
 from moe_adapter.analysis.figures import figure5
 from moe_adapter.analysis.record import RoutingRecord, record_routing
 from moe_adapter.analysis.statistics import expert_load, normalised_entropy
@@ -26,8 +27,11 @@ def record_and_draw(
     config: RecipeConfig,
     out: Path,
     account: Account,
-) -> None:
-    """Write `routing.parquet`, `figure5.png` and `figure5.pdf` into `out`."""
+) -> str | None:
+    """Write `routing.parquet`, `figure5.png` and `figure5.pdf` into `out`; the PNG's name, or None: nothing routed."""
+    if all(layer.router is None for layer in dual_path_layers(model).values()):
+        account.say("no token is routed, since the preset's num_experts is 0: no record and no Figure 5")
+        return None
     with record_routing(model, out / RECORD) as recorder:
         answer(model, examples, collator, config.evaluation, label="routing", record=recorder)
     record = RoutingRecord.open(out / RECORD)
@@ -38,3 +42,4 @@ def record_and_draw(
     evenness = normalised_entropy(load.counts_CE)
     shares = ", ".join(f"{value:.2f}" for value in evenness)
     account.say(f"{record.facts.tokens} tokens of {record.facts.cases} cases; evenness of load by layer: {shares}")
+    return f"{FIGURE}.png"

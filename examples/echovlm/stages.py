@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +16,14 @@ from examples.echovlm.collator import Collator
 from examples.echovlm.config import RecipeConfig
 from examples.echovlm.tasks import Example
 from examples.echovlm.training import train
-from moe_adapter import MoEAdapterError, dual_path_layers, inject_dual_path_moe, load_adapter, save_adapter, set_stage
+from moe_adapter import MoEAdapterError, dual_path_layers, inject_dual_path_moe, save_adapter, set_stage
+
+# What transformers' vision-language models call their parts; the first that a module's name holds.
+PARTS = {
+    "projection": r"merger|projector|projection|connector|resampler",
+    "vision encoder": r"visual|vision|image",
+    "language model": "",
+}
 
 
 def stage1(
@@ -38,17 +47,16 @@ def stage2(
     data: Sequence[Example],
     collator: Collator,
     config: RecipeConfig,
-    adapter: Path,
     out: Path,
     account: Account,
 ) -> PeftModel:
-    """Cooperative instruction fine-tuning: from stage I's `adapter`, train MoE blocks in full and LoRA, save to `out`.
+    """Cooperative instruction fine-tuning of stage I's model: train MoE blocks in full and LoRA, save to `out`.
 
     The LoRA sits on the vision encoder, the vision-to-text projection and the language model's attention.
     """
-    load_adapter(model, adapter)
     tuned = add_lora(model, config)
-    _tell(account, set_stage(tuned, 2), data, "MoE blocks in full, LoRA on vision, projection and attention")
+    places = ", ".join(f"{count} of the {part}" for part, count in lora_places(tuned).items())
+    _tell(account, set_stage(tuned, 2), data, f"MoE blocks in full, LoRA on linear maps ({places})")
     train(tuned, data, collator, config.stage2, config, out, account)
     save_adapter(tuned, out)
     return tuned
@@ -60,18 +68,27 @@ def add_lora(model: PreTrainedModel, config: RecipeConfig) -> PeftModel:
     Raises: MoEAdapterError if it names none.
     """
     lora = config.lora
-    settings = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="".join(lora.target.split())
-    )
+    settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target)
     try:
         return get_peft_model(model, settings)
     except ValueError as error:
         raise MoEAdapterError(f"lora.target of the preset fits no module of this model: {error}") from None
 
 
+def lora_places(model: PeftModel) -> dict[str, int]:
+    """How many modules of each part of the model the LoRA sits on, as their names tell; 0 where it left one out."""
+    names = model.base_model.targeted_module_names
+    parts = Counter(next(part for part, words in PARTS.items() if re.search(words, name)) for name in names)
+    return {part: parts[part] for part in PARTS}
+
+
 def path_weights(model: nn.Module) -> list[dict[str, float]]:
-    """α and λ of each dual-path layer, in order (equation 3)."""
-    return [{"alpha": layer.alpha.item(), "lambda": layer.lam.item()} for layer in dual_path_layers(model).values()]
+    """α and λ of each dual-path layer, in order (equation 3); only those that the layer has."""
+    return [
+        {name: logit.sigmoid().item() for name, logit in logits.items() if logit is not None}
+        for layer in dual_path_layers(model).values()
+        for logits in [{"alpha": layer.alpha_logit, "lambda": layer.lam_logit}]
+    ]
 
 
 def _tell(account: Account, counts: dict[str, int], data: Sequence[Example], what: str) -> None:

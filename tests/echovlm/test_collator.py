@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from echovlm.recipe_parts import TEXTS, collator, example, tokenizer
+from echovlm.recipe_parts import SIDE, TEXTS, collator, example, tokenizer
 
-from examples.echovlm.collator import IGNORED
+from examples.echovlm.collator import IGNORED, Collator
+from examples.echovlm.processor import build_processor
 from moe_adapter import MoEAdapterError
 
 
@@ -67,6 +68,13 @@ def test_general_text_alone_needs_no_images() -> None:
     batch = collator()([tokenizer()(text)["input_ids"] for text in TEXTS])
     assert "pixel_values" not in batch
     assert batch["input_ids"].shape == batch["labels"].shape
+
+
+def test_a_template_that_opens_the_answer_otherwise_than_it_writes_it_is_refused() -> None:
+    processor = build_processor(tokenizer(), SIDE)
+    processor.chat_template = processor.chat_template.replace("assistant\n", "assistant\n<think>\n")
+    with pytest.raises(MoEAdapterError, match=r"generation prompt ends in .*<think>.*expected a prefix"):
+        Collator(processor, 256)
 
 
 def test_long_answers_are_cut_and_long_prompts_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,19 @@ def test_a_directory_that_is_no_vision_language_checkpoint_is_refused(tmp_path, 
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert main(_arguments(tmp_path, "--base", str(tmp_path))) == 2
     assert f"--base {tmp_path}: got no vision-language checkpoint" in _one_line(capsys)
+
+
+LOADS_ALL = """
+from examples.echovlm.__main__ import _load_recipe, main
+_load_recipe()
+import bitsandbytes, torchao, deepspeed.accelerator
+deepspeed.accelerator.get_accelerator()
+"""
+
+
+def test_other_libraries_keep_quiet() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", LOADS_ALL], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout + run.stderr == ""

@@ -34,7 +34,7 @@ def test_tiny_keeps_what_size_does_not_force() -> None:
     paper, tiny = load_preset("paper"), load_preset("tiny")
     for name in ("num_experts", "top_k", "balance_coef"):
         assert tiny.moe[name] == paper.moe[name]
-    assert tiny.lora == paper.lora
+    assert (tiny.lora.r, tiny.lora.alpha, tiny.lora.target) == (paper.lora.r, paper.lora.alpha, paper.lora.target)
     for mine, theirs in ((tiny.stage1, paper.stage1), (tiny.stage2, paper.stage2)):
         assert (mine.scheduler, mine.warmup_ratio, mine.weight_decay) == (
             theirs.scheduler,
@@ -50,6 +50,10 @@ def test_a_file_of_the_users_extends_a_preset_section_by_section(tmp_path: Path)
     assert mine.stage2 == load_preset("paper").stage2
 
 
+def test_a_base_of_the_users_takes_any_image_side(tmp_path: Path) -> None:
+    assert load_preset(_preset(tmp_path, "extends: tiny\nbase: null\nimage_side: 100")).image_side == 100
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -60,6 +64,12 @@ def test_a_file_of_the_users_extends_a_preset_section_by_section(tmp_path: Path)
         ("extends: paper\nstage1: {batch_size: 0}", r"stage1\.batch_size: .*greater than 0, got 0"),
         ("extends: paper\nprecision: fp8", r"precision: .*'auto', 'fp32' or 'bf16', got 'fp8'"),
         ("extends: paper\nimage_side: many", r"image_side: .*got 'many'"),
+        ("extends: paper\nmoe: {top_k: 9}", r"moe: DualPathConfig.top_k: got 9, expected 1 to num_experts = 4"),
+        ("extends: paper\nmoe: {expert_dims: 3}", r"moe: DualPathConfig has no field expert_dims; its fields are"),
+        ("extends: paper\nlora: {target: '(['}", r"lora\.target: got '\(\[', expected a regular expression"),
+        ("extends: paper\nstage2: {scheduler: foo}", r"stage2\.scheduler: .*'cosine'.*, got 'foo'"),
+        ("extends: tiny\nimage_side: 100", r"image_side: got 100, expected a multiple of 28 up to 448"),
+        ("extends: tiny\nimage_side: 476", r"image_side: got 476, expected a multiple of 28 up to 448"),
         ("extends: papre", r"unknown preset 'papre': use one of paper, tiny"),
         ("image_side: 112", r"max_length: Field required"),
         ("[1, 2]", r"got list, expected a mapping"),

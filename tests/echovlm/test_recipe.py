@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.echovlm import recipe
 from examples.echovlm.__main__ import main
 from examples.echovlm.cases import read_cases
 from moe_adapter.analysis.record import RoutingRecord
@@ -59,6 +60,41 @@ def test_the_static_path_remembers_the_general_text(first_run: Path) -> None:
     assert losses["stage II"] != losses["base"]
 
 
+def _run_on_the_first_base(first_run: Path, preset: Path, cases: Path, out: Path) -> int:
+    options = {"preset": preset, "cases": cases, "base": first_run / "run" / "base", "out": out}
+    return main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+
+
+def test_one_base_is_in_memory(first_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    load_base = recipe.load_base
+    monkeypatch.setattr(recipe, "load_base", lambda *args: loaded.append(args) or load_base(*args))
+    cases = first_run / "run" / "cases" / "cases.jsonl"
+    assert _run_on_the_first_base(first_run, first_run / "preset.yaml", cases, tmp_path / "out") == 0
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize(
+    ("moe", "weights", "said"),
+    [
+        ({"shared_expert_dim": 0}, {"alpha"}, "## α by layer"),
+        ({"mixing": "token"}, set(), "Each token has its own weights"),
+        ({"num_experts": 0}, {"alpha", "lambda"}, "No token is routed"),
+    ],
+)
+def test_an_ablation_runs_to_the_end(first_run: Path, tmp_path: Path, moe: dict, weights: set[str], said: str) -> None:
+    preset = tmp_path / "ablation.yaml"
+    preset.write_text(f"extends: {first_run / 'preset.yaml'}\nmoe: {json.dumps(moe)}\n")
+    cases = first_run / "run" / "cases" / "cases.jsonl"
+    assert _run_on_the_first_base(first_run, preset, cases, tmp_path / "out") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [set(row) for row in results["weights"]] == [weights] * 2
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert said in report
+    routed = moe.get("num_experts") != 0
+    assert ("figure5.png" in report) == (tmp_path / "out" / "figure5.png").is_file() == routed
+
+
 def test_a_users_own_cases_and_checkpoint_go_the_same_way(first_run: Path) -> None:
     rows = [json.loads(line) for line in (first_run / "run" / "cases" / "cases.jsonl").read_text().splitlines()]
     for row in rows:  # what a hospital may not have
@@ -66,8 +102,6 @@ def test_a_users_own_cases_and_checkpoint_go_the_same_way(first_run: Path) -> No
     own = first_run / "run" / "cases" / "own.jsonl"
     own.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     assert read_cases(own)
-    options = {"preset": first_run / "preset.yaml", "cases": own, "base": first_run / "run" / "base"}
-    options["out"] = first_run / "second"
-    assert main([text for name, value in options.items() for text in (f"--{name}", str(value))]) == 0
+    assert _run_on_the_first_base(first_run, first_run / "preset.yaml", own, first_run / "second") == 0
     assert not (first_run / "second" / "base").exists()
     assert "| **all** | – |" in (first_run / "second" / "report.md").read_text()  # no attributes to find

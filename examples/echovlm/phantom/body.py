@@ -69,7 +69,7 @@ class Body:
         """Radius in units of the ellipse's own (below 1 is inside); `tilt` in degrees, right end down."""
         cos, sin = np.cos(np.deg2rad(tilt)), np.sin(np.deg2rad(tilt))
         dx, dz = self.x - np.float32(cx), self.z - np.float32(cz)
-        return np.hypot((dx * cos + dz * sin) / a, (dz * cos - dx * sin) / b).astype(np.float32)
+        return distance((dx * cos + dz * sin) / a, (dz * cos - dx * sin) / b).astype(np.float32)
 
     def texture(
         self, rng: np.random.Generator, scale_mm: float, depth_db: float, mask: np.ndarray | None = None
@@ -106,4 +106,9 @@ class Body:
         (x0, z0), (x1, z1) = start, end
         dx, dz = x1 - x0, z1 - z0
         along = np.clip(((self.x - x0) * dx + (self.z - z0) * dz) / (dx * dx + dz * dz), 0, 1)
-        return np.hypot(self.x - x0 - along * dx, self.z - z0 - along * dz) - np.float32(width_mm / 2)
+        return distance(self.x - x0 - along * dx, self.z - z0 - along * dz) - np.float32(width_mm / 2)
+
+
+def distance(x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """√(x² + z²), several times faster than numpy's hypot, which also guards against overflow."""
+    return np.sqrt(x * x + z * z)

@@ -1,0 +1,161 @@
+"""What trains in the two stages, in which dtype, and where the LoRA is put."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from echovlm.recipe_parts import collator, example, tokenizer
+from torch import nn
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from examples.echovlm.account import Account
+from examples.echovlm.answering import answer
+from examples.echovlm.base import build_model, load_base
+from examples.echovlm.config import RecipeConfig, load_preset
+from examples.echovlm.stages import add_lora, lora_places, stage1, stage2
+from moe_adapter import DualPathMoE, MoEAdapterError, dual_path_layers
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+}
+STEPS = 12
+
+
+def _config(**changes: object) -> RecipeConfig:
+    """The tiny preset at a minuscule size with the paper's own rate of stage II, in bf16."""
+    tiny = load_preset("tiny")
+    run = dataclasses.replace(tiny.stage2, learning_rate=2e-5, batch_size=1, epochs=1)
+    base = dataclasses.replace(tiny.base, text=TEXT, vision={"depth": 1, "embed_dim": 32, "num_heads": 2})
+    moe = {"expert_dim": 16, "shared_expert_dim": 16}
+    return dataclasses.replace(tiny, base=base, moe=moe, stage1=run, stage2=run, precision="bf16", **changes)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A base whose weights are stored in bf16."""
+    model = build_model(_config().base, tokenizer(), "eager").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    collator().processor.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def _dtypes(model: nn.Module, *, trained: bool) -> set[torch.dtype]:
+    return {p.dtype for p in model.parameters() if p.requires_grad == trained}
+
+
+def test_what_trains_on_a_bf16_base_is_float32_and_moves(checkpoint: Path, tmp_path: Path) -> None:
+    """Against bf16 weights as their own masters, of which steps of 2e-5 leave two thirds where they were."""
+    config, account = _config(), Account()
+    model, _ = load_base(checkpoint, config)
+    for stage in (stage1, stage2):
+        with account.step(stage.__name__):
+            model = stage(model, [example()] * STEPS, collator(), config, tmp_path / stage.__name__, account)
+        assert _dtypes(model, trained=True) == {torch.float32}
+        assert _dtypes(model, trained=False) == {torch.bfloat16}
+        if stage is stage1:
+            before = [layer.experts.gate_up_proj.detach().clone() for layer in dual_path_layers(model).values()]
+    after = [layer.experts.gate_up_proj for layer in dual_path_layers(model).values()]
+    moved = torch.cat([(a != b).float().mean(dim=(1, 2)) for a, b in zip(after, before, strict=True)])
+    assert moved.max() > 0.95, moved
+    assert "2 of the projection, 4 of the vision encoder, 4 of the language model" in account.lines["stage2"][0]
+    [said] = answer(model, [example()], collator(), config.evaluation, label="")
+    assert isinstance(said, str)
+
+
+def test_both_stages_compute_in_bf16_and_evaluation_in_the_bases_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage trains the model that the first has trained, which accelerate takes for prepared."""
+    seen: list[bool] = []
+    factors = DualPathMoE._factors
+    monkeypatch.setattr(
+        DualPathMoE, "_factors", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or factors(*args)
+    )
+    config, account = _config(), Account()
+    model = build_model(config.base, tokenizer(), "eager")
+    for stage in (stage1, stage2):
+        with account.step(stage.__name__):
+            model = stage(model, [example()], collator(), config, tmp_path / stage.__name__, account)
+        assert seen == [True]
+        seen.clear()
+        answer(model, [example()], collator(), config.evaluation, label="")
+        assert not any(seen)
+        seen.clear()
+
+
+@pytest.mark.parametrize(
+    ("stored", "precision", "dtype"),
+    [
+        (torch.bfloat16, "bf16", torch.bfloat16),
+        (torch.bfloat16, "fp32", torch.float32),
+        (torch.float32, "bf16", torch.float32),
+        (torch.float16, "bf16", torch.bfloat16),
+    ],
+)
+def test_the_base_keeps_its_dtype_where_that_mixes_with_bf16(
+    checkpoint: Path, stored: torch.dtype, precision: str, dtype: torch.dtype
+) -> None:
+    config = dataclasses.replace(_config(), precision=precision)
+    build_model(config.base, tokenizer(), "eager").to(stored).save_pretrained(checkpoint)
+    model, _ = load_base(checkpoint, config)
+    assert _dtypes(model, trained=True) == {dtype}
+
+
+def test_a_processor_without_a_chat_template_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "chat_template.jinja").unlink()
+    with pytest.raises(MoEAdapterError, match="its processor has no chat template, expected one"):
+        load_base(checkpoint, _config())
+
+
+def _llava() -> PreTrainedModel:
+    text = {**TEXT, "model_type": "llama", "vocab_size": 64, "rope_parameters": None}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_id=3))
+
+
+def _qwen3_vl() -> PreTrainedModel:
+    text = {**TEXT, "vocab_size": 64, "head_dim": 8}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    return Qwen3VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: build_model(_config().base, tokenizer(), "eager"), (4, 2, 4)),
+        (_qwen3_vl, (2, 0, 4)),  # the paper's pattern is of Qwen2-VL's names
+        (_llava, (0, 0, 4)),
+    ],
+)
+def test_the_lora_is_told_where_it_sits(make, expected: tuple[int, int, int]) -> None:
+    places = lora_places(add_lora(make(), _config()))
+    assert (places["vision encoder"], places["projection"], places["language model"]) == expected
+
+
+def test_all_parts_are_told_apart_by_name() -> None:
+    everything = dataclasses.replace(load_preset("paper").lora, target=r".*(fc1|linear_1|linear_fc1|q_proj)")
+    config = _config(lora=everything)
+    for make in (_llava, _qwen3_vl):
+        assert min(lora_places(add_lora(make(), config)).values()) > 0
+
+
+def test_a_target_that_names_nothing_is_an_error() -> None:
+    config = _config(lora=dataclasses.replace(load_preset("paper").lora, target="nowhere"))
+    with pytest.raises(MoEAdapterError, match=r"lora\.target of the preset fits no module"):
+        add_lora(_llava(), config)
