@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,8 @@ from moe_adapter.errors import MoEAdapterError
 ExpertInit = Literal["normal", "ffn_slice"]
 Mixing = Literal["scalar", "token"]
 RouterSoftmax = Literal["selected", "all"]
+
+LARGEST_SHARE = 8  # of the host's FFN; a larger float is meant as a width, such as the 12.0 of intermediate_size / 4
 
 _CHOICES = {"expert_init": ExpertInit, "mixing": Mixing, "router_softmax": RouterSoftmax}
 
@@ -56,7 +59,7 @@ class DualPathConfig:
     init_std: float | None = None
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
+        if isinstance(self.layers, Iterable):
             object.__setattr__(self, "layers", tuple(self.layers))
         for name, choices in _CHOICES.items():
             _check(
@@ -72,18 +75,21 @@ class DualPathConfig:
                 _is_dim(getattr(self, name)),
                 name,
                 getattr(self, name),
-                "a width (int) or a share of the FFN's (float)",
+                f"a width (int) or a share of the FFN's (float, at most {LARGEST_SHARE}); a width as int(…)",
             )
         for name in ("alpha_init", "lam_init"):
             value = getattr(self, name)
             _check(isinstance(value, float) and 0 < value < 1, name, value, "a number inside (0, 1)")
         _check(
-            _is_number(self.balance_coef) and self.balance_coef >= 0,
+            _is_number(self.balance_coef) and 0 <= self.balance_coef < float("inf"),
             "balance_coef",
             self.balance_coef,
-            "γ ≥ 0",
+            "a finite γ ≥ 0",
         )
-        _check(self.init_std is None or self.init_std > 0, "init_std", self.init_std, "a positive number or None")
+        std = self.init_std
+        _check(
+            std is None or (_is_number(std) and 0 < std < float("inf")), "init_std", std, "a positive number or None"
+        )
         _check(isinstance(self.preserve_base, bool), "preserve_base", self.preserve_base, "True or False")
         _check(isinstance(self.backend, str), "backend", self.backend, "the name of a backend, such as 'auto'")
         self._check_layers()
@@ -92,7 +98,7 @@ class DualPathConfig:
     def _check_layers(self) -> None:
         layers = self.layers
         if layers is not None:
-            whole = all(_is_int(index) for index in layers) and len(set(layers)) == len(layers) > 0
+            whole = isinstance(layers, tuple) and all(map(_is_int, layers)) and len(set(layers)) == len(layers) > 0
             _check(whole, "layers", layers, "None or distinct block indices such as (0, 2, 4)")
 
     def _check_paths(self) -> None:
@@ -112,16 +118,26 @@ class DualPathConfig:
             self.expert_dim,
             "a width; num_experts=0 leaves the routed path out",
         )
-        if self.top_k == 1 and self.router_softmax == "selected":
+        if self._router_gets_no_gradient():
             warnings.warn(
                 "top_k=1 with router_softmax='selected': the one routing weight is always 1, so the task's loss "
                 "gives the router no gradient; use router_softmax='all' or top_k ≥ 2.",
                 stacklevel=4,
             )
 
+    def _router_gets_no_gradient(self) -> bool:
+        return self.num_experts > 0 and self.top_k == 1 and self.router_softmax == "selected"
+
     def replace(self, **overrides: Any) -> DualPathConfig:
-        """A copy with some fields changed. Raises MoEAdapterError for an unknown field."""
-        return DualPathConfig.from_dict({**self.to_dict(), **overrides})
+        """A copy with some fields changed; what this one has warned of is not said again.
+
+        Raises:
+            MoEAdapterError: an unknown field, or a bad value.
+        """
+        with warnings.catch_warnings():
+            if self._router_gets_no_gradient():
+                warnings.simplefilter("ignore")
+            return DualPathConfig.from_dict({**self.to_dict(), **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -169,7 +185,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_dim(value: Any) -> bool:
-    return _is_number(value) and value >= 0 and value < float("inf")
+    return _is_number(value) and value >= 0 and (_is_int(value) or value <= LARGEST_SHARE)
 
 
 def _check(holds: bool, name: str, got: Any, expected: str) -> None:

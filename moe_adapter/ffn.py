@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from moe_adapter.errors import MoEAdapterError
+from moe_adapter.trace import adds_argument, inline_activation, is_activated, trace
 
 # Hints, for what structure alone leaves open. Everything else follows from shapes.
 GATE_HINTS = ("gate", "wi_0", "w_0", "w1")  # which of two equal maps is the activated one
@@ -34,6 +35,7 @@ class FeedForward:
 
     `gate` is None for an ungated FFN; `gate == up` for one map that yields gate and up, gate first. The maps are named
     relative to the FFN's module or, where the FFN is `split`, its maps lying in a block beside others, to the block.
+    `inner` names parameters of width F between the maps, such as a norm's: experts have no such.
     """
 
     hidden: int
@@ -45,6 +47,8 @@ class FeedForward:
     activation: Activation
     residual: str | None = None
     split: bool = False
+    inner: tuple[str, ...] = ()
+    guessed: bool = False  # whether neither the FFN nor a config says what the activation is
 
     @property
     def gated(self) -> bool:
@@ -55,30 +59,50 @@ def describe(module: nn.Module, config: Any = None) -> FeedForward:
     """Read an FFN's structure; `config` (a model's) names the activation where the module doesn't hold it.
 
     Raises:
-        NotAnFFN: the module's linear maps don't form D → F → D, or it holds other parameters.
+        NotAnFFN: the module's linear maps don't form D → F → D, it holds parameters of another width than F, or it
+            adds an argument to its output (but for one named `residual`).
     """
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         raise NotAnFFN("it is a container without a forward of its own")
     parts = dict(_parts(module))
-    ffn = _read(module, parts, config)
+    ffn, graph = _read(module, parts, config)
     covered = {id(p) for name in (ffn.gate, ffn.up, ffn.down) if name for p in parts[name].parameters()}
     if isinstance(ffn.activation, nn.Module):
         covered |= {id(p) for p in ffn.activation.parameters()}
-    others = [name for name, p in module.named_parameters() if id(p) not in covered]
+    beside = {name: p for name, p in module.named_parameters() if id(p) not in covered}
+    others = [name for name, p in beside.items() if ffn.intermediate == ffn.hidden or p.shape != (ffn.intermediate,)]
     if others:
         raise NotAnFFN(f"beside its linear maps it holds {', '.join(others[:3])}")
+    if graph and adds_argument(graph, ffn.down, but=RESIDUAL_ARGUMENT):
+        raise NotAnFFN("it adds its input to what its last map gives")
     adds_residual = RESIDUAL_ARGUMENT in inspect.signature(module.forward).parameters
-    return dataclasses.replace(ffn, residual=RESIDUAL_ARGUMENT if adds_residual else None)
+    return dataclasses.replace(ffn, inner=tuple(beside), residual=RESIDUAL_ARGUMENT if adds_residual else None)
 
 
 def describe_split(block: nn.Module, config: Any = None) -> FeedForward:
     """Read an FFN whose maps lie in a block beside its attention and norms (BART, OPT, BERT).
 
     Raises:
-        NotAnFFN: the block's linear maps outside its attention don't form one D → F → D.
+        NotAnFFN: the block's linear maps outside its attention, those D → D left out, don't form one D → F → D.
     """
     parts = dict(_parts(block, skip=is_mixer))
-    return dataclasses.replace(_read(block, parts, config), split=True)
+    square = {name for name, child in parts.items() if is_linear(child) and len(set(in_out(child))) == 1}
+    try:
+        ffn, _ = _read(block, parts, config)
+    except NotAnFFN:
+        if not square:
+            raise
+        ffn, _ = _read(block, {name: child for name, child in parts.items() if name not in square}, config)
+    return dataclasses.replace(ffn, split=True)
+
+
+def is_ffn(module: nn.Module) -> bool:
+    """Whether a module is a feed-forward block, whole."""
+    try:
+        describe(module)
+    except NotAnFFN:
+        return False
+    return True
 
 
 def is_mixer(name: str, module: nn.Module) -> bool:
@@ -88,23 +112,32 @@ def is_mixer(name: str, module: nn.Module) -> bool:
     return any(hint in named.lower() for hint in NOT_AN_FFN)
 
 
-def _read(root: nn.Module, parts: dict[str, nn.Module], config: Any) -> FeedForward:
+def _read(root: nn.Module, parts: dict[str, nn.Module], config: Any) -> tuple[FeedForward, fx.Graph | None]:
+    """What the linear maps among `parts` are to one another, and the graph of `root`'s forward, if there is one."""
     maps = {name: child for name, child in parts.items() if is_linear(child)}
     if not 2 <= len(maps) <= 3:
         raise NotAnFFN(f"it holds {len(maps)} linear maps; an FFN has two (up, down) or three (gate, up, down)")
     gate, up, down = _roles(maps)
     (hidden, width), (intermediate, _) = in_out(maps[up]), in_out(maps[down])
+    graph = trace(root, _is_whole)
     if gate is None and width == 2 * intermediate:
         gate = up
-    return FeedForward(
+    elif gate and graph and is_activated(graph, up) and not is_activated(graph, gate):
+        gate, up = up, gate
+    activation, guessed = _activation(root, parts, config, graph and inline_activation(graph, gate or up, down)), False
+    if activation is None:
+        activation, guessed = nn.GELU() if gate is None else nn.SiLU(), True
+    ffn = FeedForward(
         hidden=hidden,
         intermediate=intermediate,
         gate=gate,
         up=up,
         down=down,
         bias=any(getattr(child, "bias", None) is not None for child in maps.values()),
-        activation=_activation(root, parts, config, gated=gate is not None),
+        activation=activation,
+        guessed=guessed,
     )
+    return ffn, graph
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -160,19 +193,28 @@ def _hinted(name: str, hints: tuple[str, ...]) -> bool:
     return any(hint in name.rsplit(".", 1)[-1].lower() for hint in hints)
 
 
-def _activation(root: nn.Module, parts: dict[str, nn.Module], config: Any, *, gated: bool) -> Activation:
-    """The activation that the FFN holds, else the one its config names, else SiLU (gated) or GELU."""
+def _activation(
+    root: nn.Module, parts: dict[str, nn.Module], config: Any, inline: Activation | None
+) -> Activation | None:
+    """The activation that the FFN holds, else the one called `inline`, else the one its config names."""
     for name, child in [*parts.items(), *vars(root).items()]:
         if _hinted(name, ACTIVATION_HINTS) and callable(child) and not _is_more_than_activation(child):
             return child
     for child in parts.values():
         if type(child).__module__ == nn.modules.activation.__name__:
             return child
+    if inline is not None:
+        return inline
     for name in CONFIG_ACTIVATIONS:
         value = getattr(config, name, None)
         if isinstance(value, str) and (found := _by_name(value)):
             return found
-    return nn.SiLU() if gated else nn.GELU()
+    return None
+
+
+def _is_whole(name: str, module: nn.Module) -> bool:
+    """Whether a trace keeps a part whole: a linear map, an activation, a norm, or what mixes tokens."""
+    return is_linear(module) or not any(True for _ in module.children()) or is_mixer(name.rpartition(".")[2], module)
 
 
 def _is_more_than_activation(child: Any) -> bool:

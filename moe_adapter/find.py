@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from moe_adapter.errors import MoEAdapterError
-from moe_adapter.ffn import FeedForward, NotAnFFN, describe, describe_split, is_linear, is_mixer
+from moe_adapter.ffn import FeedForward, NotAnFFN, describe, describe_split, is_ffn, is_linear, is_mixer
+from moe_adapter.language import check_one_stack, inside, is_other_tower, language_model
+from moe_adapter.mixture import Mixture, find_mixtures
+
+logger = logging.getLogger(__name__)
 
 Target = str | re.Pattern | Iterable[str] | Callable[[str, nn.Module], bool]
 
 LANGUAGE_MODEL_FFN = "mlp"  # the target that means: the FFN of every block of the language model
 
-# Hints, used only where structure leaves several candidates.
+# A hint, used only where structure leaves several candidates.
 FFN_HINTS = ("mlp", "ffn", "feed_forward", "feedforward")  # which of a block's D → F → D parts is its FFN
-OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "protein", "patcher", "perceiver", "resampler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +58,22 @@ def find_sites(model: nn.Module, target: Target) -> list[Site]:
     if not names:
         raise MoEAdapterError(f"target {target!r} matches no module{_nearest(target, modules)}.")
     outermost = [name for name in names if not any(name.startswith(other + ".") for other in names)]
+    _refuse_mixtures(model, [mixture for mixture in find_mixtures(model) if any(map(mixture.touches, outermost))])
     return _unique(site for name in outermost for site in _sites_at(model, name))
 
 
 def _language_model_sites(model: nn.Module) -> list[Site]:
-    scope = _language_model(model)
-    stacks = {stack: blocks for stack, blocks in _stacks(model) if _inside(stack, scope)}
-    own = {stack: blocks for stack, blocks in stacks.items() if not _hinted(stack.removeprefix(scope), OTHER_TOWERS)}
+    mixtures = find_mixtures(model)
+    everywhere = dict(_stacks(model, {mixture.name for mixture in mixtures}))
+    scope = language_model(model, list(everywhere))
+    stacks = {stack: blocks for stack, blocks in everywhere.items() if inside(stack, scope)}
+    own = {stack: blocks for stack, blocks in stacks.items() if not is_other_tower(stack.removeprefix(scope))}
+    stacks = own or stacks
+    _refuse_mixtures(model, [mixture for mixture in mixtures if any(inside(mixture.name, stack) for stack in stacks)])
+    check_one_stack(model.get_submodule(scope), list(stacks))
     sites = _unique(
         _site(model, root, split)
-        for stack, blocks in (own or stacks).items()
+        for stack, blocks in stacks.items()
         for index, block in enumerate(blocks)
         for root, split in _ffns_of_block(block, f"{stack}.{index}")
     )
@@ -74,6 +85,14 @@ def _language_model_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
+def _refuse_mixtures(model: nn.Module, mixtures: list[Mixture]) -> None:
+    """Raises MoEAdapterError for the first of the mixtures of experts that a target means."""
+    if mixtures:
+        stack = _stack_of(model, mixtures[0].name)
+        dense = [name for name, module in model.named_modules() if inside(name, stack) and is_ffn(module)]
+        raise mixtures[0].refusal([n for n in dense if not any(inside(n, m.experts) for m in find_mixtures(model))])
+
+
 def _unique(sites: Iterable[Site]) -> list[Site]:
     """Each module once, under its first name, however many blocks share it."""
     found: dict[int, Site] = {}
@@ -82,37 +101,15 @@ def _unique(sites: Iterable[Site]) -> list[Site]:
     return list(found.values())
 
 
-def _language_model(model: nn.Module) -> str:
-    """Name of the part of the model that is its text decoder ("" for the whole model).
-
-    transformers models say it themselves (`get_decoder`, `get_input_embeddings`): the decoder, or the smallest
-    part that holds both the token embedding and a stack of blocks.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    stacks = [stack for stack, _ in _stacks(model)]
-    decoder = _decoder(model)
-    if decoder is not model and id(decoder) in names and any(_inside(s, names[id(decoder)]) for s in stacks):
-        return names[id(decoder)]
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # pyright: ignore
-    scope = names.get(id(embedding), "")
-    while scope and not any(_inside(stack, scope) for stack in stacks):
-        scope = scope.rpartition(".")[0]
-    return scope
-
-
-def _decoder(model: nn.Module) -> nn.Module:
-    """What the model's `get_decoder` leads to, through however many wrappers; the model itself without one."""
-    inner = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore
-    return model if inner is model or inner is None else _decoder(inner)
-
-
-def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
-    """The outermost lists of blocks, by name: those in which a block holds an FFN."""
+def _stacks(model: nn.Module, mixtures: set[str]) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
+    """The outermost lists of blocks, by name: those in which a block holds an FFN or one of the mixtures of experts."""
     seen: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or any(_inside(name, outer) for outer in seen):
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or any(inside(name, outer) for outer in seen):
             continue
-        if name and len(module) and any(_ffns(block, "") for block in module):
+        if not name or not len(module):
+            continue
+        if any(inside(mixture, name) for mixture in mixtures) or any(_ffns(block, "") for block in module):
             seen.append(name)
             yield name, module
 
@@ -121,10 +118,10 @@ def _ffns(module: nn.Module, name: str) -> list[tuple[str, bool]]:
     """The FFNs in a part of a model, topmost first: (name, False), or (name of a block, True) for split ones."""
     if is_linear(module) or is_mixer(name.rpartition(".")[2], module):
         return []
-    if _fits(describe, module):
+    if is_ffn(module):
         return [(name, False)]
-    inside = [found for child_name, child in module.named_children() for found in _ffns(child, f"{name}.{child_name}")]
-    return inside or ([(name, True)] if _fits(describe_split, module) else [])
+    parts = [found for child_name, child in module.named_children() for found in _ffns(child, f"{name}.{child_name}")]
+    return parts or ([(name, True)] if _split_maps(module) else [])
 
 
 def _ffns_of_block(block: nn.Module, name: str) -> list[tuple[str, bool]]:
@@ -139,14 +136,6 @@ def _ffns_of_block(block: nn.Module, name: str) -> list[tuple[str, bool]]:
 
 def _hinted(name: str, hints: tuple[str, ...]) -> bool:
     return any(hint in name.lower() for hint in hints)
-
-
-def _fits(describer: Callable[[nn.Module], FeedForward], module: nn.Module) -> bool:
-    try:
-        describer(module)
-    except NotAnFFN:
-        return False
-    return True
 
 
 def _sites_at(model: nn.Module, name: str) -> list[Site]:
@@ -181,6 +170,8 @@ def _site(model: nn.Module, name: str, split: bool) -> Site:
             f"{name} ({type(root).__name__}) is no feed-forward block: {error}. Target modules that map "
             "D → F → D, such as a block's mlp."
         ) from error
+    if ffn.guessed:
+        _warn_guessed(type(root).__name__, repr(ffn.activation))
     place = f"{name}.{ffn.down}" if split else name
     return Site(name=place, module=model.get_submodule(place), root=root, ffn=ffn, stack=_stack_of(model, name))
 
@@ -203,18 +194,25 @@ def _config(model: nn.Module, name: str) -> Any:
     return None
 
 
-def _inside(name: str, scope: str) -> bool:
-    return not scope or name == scope or name.startswith(scope + ".")
-
-
 def _matches(target: str | re.Pattern | Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
     """Strings match the end of a dotted name from a dot on: "visual.blocks.0.mlp", r"blocks\\.\\d+\\.mlp"."""
     if isinstance(target, str):
         plain = re.fullmatch(r"[\w.]+", target)
         target = re.compile(re.escape(target) if plain else target)
     if isinstance(target, re.Pattern):
-        return re.fullmatch(rf"(?:.*\.)?(?:{target.pattern})", name, target.flags) is not None
+        starts = [0, *(index + 1 for index, letter in enumerate(name) if letter == ".")]
+        return any(target.fullmatch(name, start) for start in starts)
     return bool(target(name, module))
+
+
+@cache
+def _warn_guessed(kind: str, activation: str) -> None:
+    logger.warning(
+        "%s neither holds nor calls an activation that is known here: its experts take %s. If that is not what it "
+        "computes, give the module an attribute `act_fn` that does.",
+        kind,
+        activation,
+    )
 
 
 def _nearest(target: Target, modules: dict[str, nn.Module]) -> str:

@@ -12,6 +12,7 @@ from moe_adapter.config import DualPathConfig, resolve_dim
 from moe_adapter.dense import Maps, dense_ffn
 from moe_adapter.experts import Experts, SharedExpert
 from moe_adapter.ffn import FeedForward
+from moe_adapter.lora import lora_parameters, plain_name
 from moe_adapter.losses import RouterCall
 from moe_adapter.precision import KeepsFloat32, wide
 from moe_adapter.recognise import computes_ffn, plain_maps
@@ -70,9 +71,29 @@ class DualPathMoE(KeepsFloat32):
         """λ = sigmoid(lam_logit), shape (1,), in (0, 1): the shared expert's weight."""
         return torch.sigmoid(self.lam_logit)  # pyright: ignore
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """A split FFN's last map's own, for blocks that read it; of a class that torch's fused encoder refuses."""
+        if not self.ffn.split:
+            raise AttributeError("weight")
+        weight = self.static_expert.weight
+        return weight.as_subclass(_HostWeight) if type(weight) is nn.Parameter else weight  # pyright: ignore
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """A split FFN's last map's own."""
+        if not self.ffn.split:
+            raise AttributeError("bias")
+        return self.static_expert.bias  # pyright: ignore
+
     def new_parameters(self) -> dict[str, nn.Parameter]:
-        """What the surgery added to the host, by name within the layer."""
-        return {name: parameter for name, parameter in self.named_parameters() if not name.startswith("static_expert.")}
+        """What the surgery added to the host, by name within the layer; a LoRA around parts of it is not among them."""
+        lora = {id(parameter) for parameter in lora_parameters(self).values()}
+        return {
+            plain_name(name): parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("static_expert.") and id(parameter) not in lora
+        }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Equation (3) on the FFN's first argument X (…, D); other arguments and outputs pass through."""
@@ -80,12 +101,21 @@ class DualPathMoE(KeepsFloat32):
         if self.static_only:
             return self.static_expert(*args, **kwargs)
         x = caught if caught is not None else args[0] if args else next(iter(kwargs.values()))
+        if x.is_nested:
+            return self._nested(x, args[0])
         static_factor, moe_factor = self._factors(x)
         static, residual, rest = self._static(x, static_factor, args, kwargs)
         y = self._add_moe(static, x, moe_factor)
         if residual is not None:
             y = y + residual
         return y if rest is None else (y, *rest)
+
+    def _nested(self, x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Y of sequences without their padding, which torch's encoder makes of its input in evaluation: all as one."""
+        lengths = [len(row) for row in x.unbind()]
+        self.caught = torch.cat(x.unbind())
+        y_TD = self(torch.cat(first.unbind()))
+        return torch.nested.as_nested_tensor(list(y_TD.split(lengths)))
 
     def _factors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(α·static_scale, 1 − α) in float32, shape (1,), or (…, 1) from the released code's per-token coefficients."""
@@ -169,6 +199,10 @@ class DualPathMoE(KeepsFloat32):
 
     def extra_repr(self) -> str:
         return f"static_scale={self.static_scale:g}, mixing={self.config.mixing!r}"
+
+
+class _HostWeight(torch.Tensor):
+    """A weight with torch functions of its own, as far as torch can tell: no fused kernel takes it past the layer."""
 
 
 def _scaled(y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

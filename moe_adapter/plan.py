@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -115,12 +116,23 @@ def plan_injection(
             "the model has dual-path layers already: eject_dual_path_moe(model) first, or load_adapter."
         )
     sites = _chosen(find_sites(model, target), config)
+    _warn_of_slices(sites, config)
     if budget is not None:
         width = sites[0].ffn.intermediate
         config = fit_budget(config, width, budget, lambda c: sum(_row(model, site, c).added for site in sites))
     rows = tuple(_row(model, site, config) for site in sites)
     base = sum(parameter.numel() for parameter in model.parameters())
     return Plan(config=config, sites=tuple(sites), rows=rows, base=base)
+
+
+def _warn_of_slices(sites: list[Site], config: DualPathConfig) -> None:
+    inner = next((site.ffn.inner for site in sites if site.ffn.inner), ())
+    if inner and config.expert_init == "ffn_slice":
+        warnings.warn(
+            f"expert_init='ffn_slice': the feed-forward blocks hold {', '.join(inner)} between their maps, which "
+            "experts have none of, so experts made of slices do not compute what the slices do.",
+            stacklevel=3,
+        )
 
 
 def check_module(model: Any) -> None:

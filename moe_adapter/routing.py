@@ -22,7 +22,7 @@ from torch.autograd import Variable
 
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.losses import RouterCall, layer_balance_loss
-from moe_adapter.masks import MASK_ARGUMENTS, token_mask
+from moe_adapter.masks import given_mask, token_mask
 
 
 class ForwardPass:
@@ -123,7 +123,7 @@ class OpenPass:
         if in_backward():
             return
         given = {**dict(zip(self.order, args, strict=False)), **kwargs}
-        new = ForwardPass(next((m for m in map(given.get, MASK_ARGUMENTS) if m is not None), None), is_open=True)
+        new = ForwardPass(given_mask(given), is_open=True)
         for log in self.logs:
             log.last = new
 

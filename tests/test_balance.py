@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
 import zoo
 from reference import assert_same_gradients, perturb, reference_balance, reference_loss, reference_model
 
@@ -194,6 +195,22 @@ def test_vision_blocks_learn_balance_under_checkpointing(kind):
     checkpoint(model, kind)
     for net in (model, plain):
         net(**batch, use_cache=False).loss.backward()
+    for mine, theirs in zip(dual_path_layers(model).values(), dual_path_layers(plain).values(), strict=True):
+        torch.testing.assert_close(mine.router.weight.grad, theirs.router.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_an_image_classifier_learns_balance_under_checkpointing(kind):
+    """Here transformers itself lets no input of a block require a gradient."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28)
+    model = tf.ViTForImageClassification(tf.ViTConfig(**sizes, patch_size=14, num_labels=3))
+    inject_dual_path_moe(model, lambda name, module: name.endswith("mlp"), **SIZES, balance_coef=GAMMA)
+    perturb(model).train()
+    batch = dict(pixel_values=torch.randn(2, 3, 28, 28), labels=torch.tensor([0, 2]))
+    plain = copy.deepcopy(model)
+    checkpoint(model, kind)
+    for net in (model, plain):
+        net(**batch).loss.backward()
     for mine, theirs in zip(dual_path_layers(model).values(), dual_path_layers(plain).values(), strict=True):
         torch.testing.assert_close(mine.router.weight.grad, theirs.router.weight.grad, rtol=1e-4, atol=1e-6)
 

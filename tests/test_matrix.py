@@ -23,14 +23,23 @@ SAMPLE = {
     "lfm2": "a hybrid's blocks, with and without attention",
     "qwen2_vl": "a decoder beside a vision tower",
     "t5gemma2": "the decoder of an encoder-decoder",
+    "kosmos-2": "a norm between activation and last map",
+    "rwkv": "a gate behind the last map, a squared ReLU called as functions",
+    "idefics": "a second list of blocks, with cross-attention to the image",
 }
+BLOCKS = {"idefics": 4}
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_architecture(model_type):
     outcome = examine(model_type)
     assert outcome.status == "passed", outcome.reason
-    assert outcome.sites == 2
+    assert outcome.sites == BLOCKS.get(model_type, 2)
+
+
+def test_what_experts_do_not_mirror_is_said():
+    assert examine("bitnet").reason == "experts do not mirror the norm before its last map"
+    assert "rescale_every=0" in examine("rwkv").reason
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ IMAGE_TEXT = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 MODEL_TYPES = tuple(sorted({*CAUSAL, *IMAGE_TEXT}))
 
 MOST_PARAMETERS = 60_000_000  # beyond it a rule of the shrinker has missed a size
-WEIGHT_STD, BIAS_STD = 0.15, 0.1
+WEIGHT_STD, BIAS_STD, OPEN_GATE = 0.15, 0.1, 0.5
 
 
 class CannotBuild(Exception):
@@ -90,6 +90,9 @@ def _fill(model: nn.Module) -> None:
             module.weight.normal_(0.0, WEIGHT_STD)
             if getattr(module, "bias", None) is not None:
                 module.bias.normal_(0.0, BIAS_STD)
+    for parameter in model.parameters():
+        if parameter.numel() == 1 and not parameter.any():  # a gate that is closed at first
+            parameter.fill_(OPEN_GATE)
 
 
 def _with_inputs(model: nn.Module) -> Toy:

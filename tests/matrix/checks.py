@@ -11,6 +11,7 @@ from torch import nn
 
 from moe_adapter import (
     DualPathConfig,
+    MoEAdapterError,
     dual_path_layers,
     eject_dual_path_moe,
     inject_dual_path_moe,
@@ -26,6 +27,21 @@ CONFIG = DualPathConfig(num_experts=4, top_k=2, expert_dim=16, shared_expert_dim
 WHOLE = dict(expert_dim=1.0, expert_init="ffn_slice", preserve_base=False, alpha_init=0.01)
 ROUTED = DualPathConfig(num_experts=2, top_k=2, shared_expert_dim=0, **WHOLE)
 SHARED = DualPathConfig(num_experts=0, shared_expert_dim=1.0, **WHOLE)
+# Feed-forward blocks with more between their maps than an activation, by model type: what experts have not.
+NOT_MIRRORED = {
+    "bitnet": "the norm before its last map",
+    "dory": "the scales of gate and up and the norm before its last map",
+    "gemma3n": "the gate's sparsity (only its largest units pass)",
+    "gemma3n_text": "the gate's sparsity (only its largest units pass)",
+    "kosmos-2": "the norm before its last map",
+    "kosmos-2.5": "the norm before its last map",
+    "zamba2": "the low-rank adapters beside its first map, one for each block that shares it",
+}
+NOTES = {
+    "reformer": "its reversible layers train nothing unless their input has a gradient: with "
+    "`model.enable_input_require_grads()` all checks hold",
+    "rwkv": "set `rescale_every=0`: in evaluation the model halves its own maps every few blocks, not the experts",
+}
 MIRROR_TOLERANCE, HEARD = 2e-5, 1e-4  # shares of the median logit
 
 
@@ -35,7 +51,10 @@ class Failed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the matrix says of one model type. `status`: passed, failed, not dense, or not built."""
+    """What the matrix says of one model type. `status`: passed, failed, not dense, or not built.
+
+    `reason` is why it did not pass; of one that passed, what its experts do not mirror or what else to know.
+    """
 
     model_type: str
     status: str
@@ -56,20 +75,21 @@ def examine(model_type: str) -> Outcome:
     try:
         expected = expected_sites(toy.model)
     except NotDense as error:
-        return Outcome(model_type=model_type, status="not dense", reason=str(error), model=name)
-    found = dict(model_type=model_type, model=name, sites=expected)
+        reason = str(error) + _not_refused(toy)
+        return Outcome(model_type=model_type, status="not dense", reason=reason, model=name)
+    found, note = dict(model_type=model_type, model=name, sites=expected), NOTES.get(model_type, "")
     try:
         found |= check_plan(toy, expected)
         check_life(toy)
         check_training(toy)
         check_round_trip(toy, model_type)
-        for config in (ROUTED, SHARED):
-            check_mirror(toy, config)
+        reason = check_mirrors(toy, NOT_MIRRORED.get(model_type)) or note
     except Failed as error:
         return Outcome(status="failed", reason=str(error), **found)
     except Exception as error:  # of the library or of the model under it: a failure with its reason
-        return Outcome(status="failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], **found)
-    return Outcome(status="passed", **found)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        return Outcome(status="failed", reason="; ".join(filter(None, (reason, note))), **found)
+    return Outcome(status="passed", reason=reason, **found)
 
 
 def check_plan(toy: Toy, expected: int) -> dict[str, str]:
@@ -130,6 +150,19 @@ def check_round_trip(toy: Toy, model_type: str) -> None:
     eject_dual_path_moe(toy.model)
 
 
+def check_mirrors(toy: Toy, lacking: str | None) -> str:
+    """Routed and shared experts mirror the feed-forward block, but where it is known what they lack: that is said."""
+    try:
+        for config in (ROUTED, SHARED):
+            check_mirror(toy, config)
+    except Failed:
+        if lacking is None:
+            raise
+        return f"experts do not mirror {lacking}"
+    _expect(lacking is None, f"experts mirror {lacking}: NOT_MIRRORED is out of date")
+    return ""
+
+
 @torch.no_grad()
 def check_mirror(toy: Toy, config: DualPathConfig) -> None:
     """Experts that are the whole FFN each, and the static expert next to silent, compute what the base computes."""
@@ -156,6 +189,16 @@ def wake(model: nn.Module) -> None:
 def _distance(logits: torch.Tensor, base: torch.Tensor) -> float:
     """The largest difference, as a share of the base's median logit (some models mask logits with huge numbers)."""
     return float((logits - base).abs().max() / base.abs().median())
+
+
+def _not_refused(toy: Toy) -> str:
+    """What is wrong where target="mlp" does not say that a model has nothing that it means."""
+    try:
+        rows = plan_injection(toy.model, config=CONFIG).rows
+    except MoEAdapterError as error:
+        said = "mixture of" in str(error) or "no feed-forward block" in str(error)
+        return "" if said else f"; but the error is: {error}"
+    return f"; but the plan has {len(rows)} layers"
 
 
 def _hooks(model: nn.Module) -> int:

@@ -70,7 +70,10 @@ def _outermost_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     seen: list[str] = []
     for name, module in model.named_modules():
         nested = any(name.startswith(other + ".") for other in seen)
-        if isinstance(module, nn.ModuleList) and not nested and not _hinted(name, (*TOWERS, *MIXERS)):
+        if not isinstance(module, nn.ModuleList) or nested or _hinted(name, TOWERS):
+            continue
+        layers = all(type(block).__name__.endswith("Layer") for block in module)  # named for the attention in them
+        if layers or not _hinted(name, MIXERS):
             seen.append(name)
             yield name, module
 
