@@ -23,6 +23,7 @@ def our_layer(shape: Shape, like: Tensor, backend: str) -> DualPathMoE:
     with torch.device(like.device):
         host = nn.ModuleDict(dict(ffn=Qwen2MLP(config).to(like.dtype)))
         sizes = dict(num_experts=shape.experts, top_k=shape.top_k, expert_dim=shape.expert)
+        sizes |= dict(router_softmax="all") if shape.top_k == 1 else {}
         inject_dual_path_moe(host, "ffn", DualPathConfig(shared_expert_dim=shape.shared, backend=backend, **sizes))
     layer = host["ffn"]
     with torch.no_grad():
