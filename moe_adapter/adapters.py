@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +17,17 @@ from typing import Any
 
 from torch import nn
 
-from moe_adapter.card import hub, write_card
-from moe_adapter.directory import INDEX
+from moe_adapter.card import write_card
+from moe_adapter.directory import as_folder
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.files import load_named, save_adapter
-from moe_adapter.lora import DEFAULT, lora_is_on, switch_lora
+from moe_adapter.hub import download, upload
+from moe_adapter.injection import STATE, Injection, attach, detach
+from moe_adapter.lora import active_loras, is_peft_model, switch_lora
+from moe_adapter.lora_files import DEFAULT
 from moe_adapter.merge import merge_adapters
 from moe_adapter.stages import set_stage
-from moe_adapter.surgery import NAMED, STATE, Injection, attach, detach, is_peft_model, unwrapped
+from moe_adapter.surgery import NAMED, unwrapped
 
 __all__ = [
     "active_adapter",
@@ -48,39 +52,42 @@ def add_adapter(model: nn.Module, path: str | os.PathLike, name: str) -> nn.Modu
         MoEAdapterError: the name is taken, or as for `load_adapter`; the model stays as it was.
     """
     owner, adapters = _named(model)
-    if not name or "." in name:
-        raise MoEAdapterError(f"got the adapter name {name!r}, expected text without dots, which peft can't hold.")
+    if not isinstance(name, str) or not name or "." in name:
+        raise MoEAdapterError(
+            f"got the adapter name {name!r}, expected text without dots, which peft can't hold: name it anew."
+        )
     if name in adapters:
         raise MoEAdapterError(
             f"the model has an adapter {name!r} already, beside {sorted(set(adapters) - {name})}: choose another name, "
             f"or delete_adapter(model, {name!r}) first."
         )
-    with _without_adapter(owner):
-        model = load_named(model, Path(path), name)
+    folder = as_folder(path)
+    with _without_adapter(model):
+        model = load_named(model, folder, name)
     adapters[name] = getattr(owner, STATE)
-    _match_lora(model, adapters)
     return model
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Make an adapter the active one, trainable as after `load_adapter`; None for the base model as it was.
 
+    That is with a LoRA of its own, where one answered before the first adapter came.
+
     Raises:
-        MoEAdapterError: no adapter of that name, or the model is not the PeftModel that the adapters' LoRAs are in.
+        MoEAdapterError: no adapter of that name, the model is not the PeftModel that the adapters' LoRAs are in, or it
+            is in `static_only`.
     """
     owner, adapters = _named(model)
     injection = None if name is None else _known(adapters, name)
     if STATE in vars(owner):
-        detach(owner)
+        detach(model)
     if injection is not None:
-        attach(owner, injection)
-    _match_lora(model, adapters)
-    if injection is not None:
-        set_stage(model, 2 if injection.lora else 1)
+        _put_back(model, injection)
+        set_stage(model, 2 if injection.loras else 1)
 
 
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Forget an adapter, its LoRA too; where it was the active one, the base answers.
+    """Forget an adapter, and the LoRA that came with it; where it was the active one, the base answers.
 
     Returns the model, which is no PeftModel any more once its last LoRA is gone.
 
@@ -90,25 +97,30 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     owner, adapters = _named(model)
     injection = _known(adapters, name)
     if vars(owner).get(STATE) is injection:
-        set_adapter(model, None)
+        detach(model)
     del adapters[name]
-    if injection.lora is None:
-        return model
-    if list(model.peft_config) == [injection.lora]:  # pyright: ignore
-        return model.unload()  # pyright: ignore
-    model.delete_adapter(injection.lora)  # pyright: ignore
+    for lora in set(injection.loras) - set(injection.own_loras):
+        model = _forget_lora(model, lora)
     return model
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The name of the adapter that answers; None where the base does."""
+    """The name of the adapter that answers; None where the base does.
+
+    Raises:
+        MoEAdapterError: the model is wrapped for training, or not the PeftModel that the adapters' LoRAs are in.
+    """
     owner, adapters = _named(model)
     active = vars(owner).get(STATE)
     return next((name for name, injection in adapters.items() if injection is active), None)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of a model's adapters, in the order in which they came."""
+    """The names of a model's adapters, in the order in which they came.
+
+    Raises:
+        MoEAdapterError: as for `active_adapter`.
+    """
     return list(_named(model)[1])
 
 
@@ -126,8 +138,8 @@ def from_pretrained(
     Raises:
         MoEAdapterError: `source` is neither, or as for `add_adapter`.
     """
-    if not Path(source).is_dir():
-        source = _download(str(source), revision=revision, token=token, cache_dir=cache_dir)
+    if not as_folder(source).is_dir():
+        source = download(str(source), revision=revision, token=token, cache_dir=cache_dir)
     return add_adapter(model, source, name)
 
 
@@ -144,35 +156,24 @@ def push_to_hub(
     """Upload the active adapter and its model card to the Hugging Face Hub; returns the URL of the commit.
 
     Args:
+        revision: a branch, made where there is none.
         card: fields of `write_card`. Without any, a card that the repository has is kept.
 
     Raises:
         MoEAdapterError: as for `save_adapter`.
     """
-    api = hub().HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if card or not api.file_exists(repo_id, "README.md", revision=revision):
-            write_card(folder, **card)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+        return upload(
+            Path(folder),
+            repo_id,
+            lambda: write_card(folder, **card),
+            new_card=bool(card),
+            private=private,
+            token=token,
             revision=revision,
             commit_message=commit_message,
-            delete_patterns=["weights-*.safetensors", "lora-*"],
-        ).commit_url
-
-
-def _download(repo_id: str, **options: Any) -> str:
-    errors = hub().errors
-    try:
-        return hub().snapshot_download(repo_id, allow_patterns=[INDEX, "weights-*.safetensors", "lora-*"], **options)
-    except (errors.EntryNotFoundError, errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise MoEAdapterError(
-            f"{repo_id!r} is no directory here, and no repository that could be fetched ({error}); expected the "
-            "directory of save_adapter() or a repository of push_to_hub()."
-        ) from error
+        )
 
 
 def _named(model: nn.Module) -> tuple[nn.Module, dict[str, Injection]]:
@@ -186,37 +187,56 @@ def _named(model: nn.Module) -> tuple[nn.Module, dict[str, Injection]]:
                 f"the model was injected without a name, and its adapter {DEFAULT!r} has that one: save_adapter and "
                 "eject the model, then add_adapter each by a name."
             )
-        if is_peft_model(model) and lora_is_on(model):
-            active.lora = model.active_adapters[0]  # pyright: ignore
         adapters[DEFAULT] = active
-    if any(injection.lora for injection in adapters.values()) and not is_peft_model(model):
+    loras = {*active_loras(owner), *(lora for injection in adapters.values() for lora in injection.loras)}
+    if adapters and loras and not is_peft_model(model):
         raise MoEAdapterError("the adapters hold LoRAs: pass the PeftModel that loading the first of them returned.")
     return owner, adapters
 
 
 def _known(adapters: dict[str, Injection], name: str) -> Injection:
     if name not in adapters:
-        raise MoEAdapterError(f"the model has no adapter {name!r}; it has {sorted(adapters)}: add_adapter it first.")
+        raise MoEAdapterError(
+            f"the model has no adapter {name!r}, expected one of {sorted(adapters)}: adapter_names(model) lists them, "
+            "add_adapter loads another."
+        )
     return adapters[name]
 
 
 @contextmanager
-def _without_adapter(owner: nn.Module) -> Iterator[None]:
+def _without_adapter(model: nn.Module) -> Iterator[None]:
     """Within the block the model has no dual-path layers; after an error in it, it is as it was."""
+    owner = unwrapped(model)
     flags = [(parameter, parameter.requires_grad) for parameter in owner.parameters()]
-    active = detach(owner) if STATE in vars(owner) else None
+    active = detach(model) if STATE in vars(owner) else None
     try:
         yield
     except BaseException:
+        if STATE in vars(owner):
+            detach(model)
         if active is not None:
-            attach(owner, active)
+            _put_back(model, active)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
 
 
-def _match_lora(model: nn.Module, adapters: dict[str, Injection]) -> None:
-    """Let the LoRA of the active adapter answer; none, where it has none."""
-    if any(injection.lora for injection in adapters.values()):
-        active: Injection | None = vars(unwrapped(model)).get(STATE)
-        switch_lora(model, active.lora if active else None)
+def _put_back(model: nn.Module, injection: Injection) -> None:
+    attach(unwrapped(model), injection)
+    switch_lora(model, injection.loras)
+
+
+def _forget_lora(model: Any, name: str) -> nn.Module:
+    """Delete a LoRA that is off; the model without peft once it was the last."""
+    if list(model.peft_config) == [name]:
+        return model.unload()
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    others = active_loras(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that peft makes the next one the active one
+        model.delete_adapter(name)
+    switch_lora(model, [next(iter(model.peft_config))])  # a PeftModel needs one by name, on or off
+    switch_lora(model, others)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    return model

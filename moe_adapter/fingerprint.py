@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_adapter.lora import lora_parameters, plain_name
 from moe_adapter.objective import dual_path_layers
 from moe_adapter.offload import weights_in_place
-from moe_adapter.surgery import plain_name
 
 SAMPLES = 64  # values hashed of each weight
 
@@ -27,7 +27,8 @@ def fingerprint(model: nn.Module) -> dict[str, dict[str, Any]]:
 def describe_module(module: nn.Module) -> dict[str, Any]:
     """Shapes and hash of one static expert."""
     with weights_in_place(module):
-        weights = {name: parameter for name, parameter in module.named_parameters() if "lora_" not in name}
+        lora = {id(parameter) for parameter in lora_parameters(module).values()}
+        weights = {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in lora}
         plain = {plain_name(name): parameter.detach() for name, parameter in weights.items()}
         return {"shapes": {name: list(tensor.shape) for name, tensor in plain.items()}, "hash": _hash(plain)}
 

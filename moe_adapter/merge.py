@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_adapter.directory import read_index, read_weights, write_adapter
+from moe_adapter.directory import as_folder, read_index, read_weights, write_adapter
 from moe_adapter.errors import MoEAdapterError
-from moe_adapter.lora import merge_loras
+from moe_adapter.lora_files import merge_loras
 
-MAY_DIFFER = {"backend", "balance_coef", "init_std", "layers"}  # config fields; the layers themselves are compared
+# Config fields that say nothing of what the parameters mean; the layers themselves are compared.
+MAY_DIFFER = {"backend", "balance_coef", "expert_init", "init_std", "lam_init", "layers"}
 
 
 def merge_adapters(paths: Sequence[str | os.PathLike], weights: Sequence[float], out: str | os.PathLike) -> None:
@@ -27,7 +29,9 @@ def merge_adapters(paths: Sequence[str | os.PathLike], weights: Sequence[float],
     Raises:
         MoEAdapterError: no two adapters, weights that fit no average, or adapters of another base or shape.
     """
-    folders = [Path(path) for path in paths]
+    if isinstance(paths, str | os.PathLike):
+        raise MoEAdapterError(f"merge_adapters: got one path, {str(paths)!r}, expected a list of at least 2.")
+    folders, target = [as_folder(path) for path in paths], as_folder(out)
     shares = _shares(weights, len(folders))
     indices = [read_index(folder) for folder in folders]
     for folder, index in zip(folders[1:], indices[1:], strict=True):
@@ -44,12 +48,14 @@ def merge_adapters(paths: Sequence[str | os.PathLike], weights: Sequence[float],
             average[name] = average[name] + part if name in average else part
     tensors = {name: tensor.to(dtypes[name]) for name, tensor in average.items()}
     described = {key: indices[0][key] for key in ("config", "layers", "base", "model")}
-    write_adapter(Path(out), described, tensors, write_lora)
+    write_adapter(target, described, tensors, write_lora)
 
 
 def _shares(weights: Sequence[float], count: int) -> list[float]:
     if count < 2:
-        raise MoEAdapterError(f"merge_adapters: got {count} adapter, expected at least 2.")
+        raise MoEAdapterError(f"merge_adapters: got {count} adapter, expected at least 2: name the runs to average.")
+    if not isinstance(weights, Sequence) or not all(isinstance(weight, Real) for weight in weights):
+        raise MoEAdapterError(f"merge_adapters: got weights {weights!r}, expected one number ≥ 0 for each adapter.")
     if len(weights) != count:
         raise MoEAdapterError(f"merge_adapters: got {len(weights)} weights for {count} adapters, expected one each.")
     total = sum(weights)
@@ -84,11 +90,13 @@ def _check_shapes(
 
 def _lora_writer(
     folders: list[Path], indices: list[dict[str, Any]], shares: list[float]
-) -> Callable[[Path], str | None]:
+) -> Callable[[Path], object] | None:
     places = [index["lora"] for index in indices]
     if not any(places):
-        return lambda folder: None
+        return None
     if not all(places):
         without = folders[places.index(None)]
-        raise MoEAdapterError(f"{without} holds no LoRA and others do: merge adapters of one stage.")
+        raise MoEAdapterError(
+            f"{without} holds no LoRA and others do, expected all or none: merge adapters of one stage."
+        )
     return merge_loras([folder / place for folder, place in zip(folders, places, strict=True)], shares)

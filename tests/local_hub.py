@@ -49,6 +49,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({"url": f"{constants.ENDPOINT}/{name}", "id": name}, 409 if there else 200)
         elif self.path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
+        elif "/branch/" in self.path:
+            with open(self.root / "branches", "a") as file:
+                file.write(self.path.removeprefix("/api/models/").replace("/branch/", "/") + "\n")
+            self.answer({})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
             self.answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
@@ -73,6 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer({}, 404, {"X-Error-Code": "RepoNotFound"})
             elif "/tree/" in self.path:
                 self.answer([{"type": "file", "path": p, "size": len(b), "oid": _sha(b)} for p, b in self.files(repo)])
+            elif "/revision/" in self.path and not self.has_branch(repo, self.path.rpartition("/")[2]):
+                self.answer({}, 404, {"X-Error-Code": "RevisionNotFound"})
             else:
                 self.answer({"id": repo, "sha": self.sha(repo)})
             return
@@ -85,6 +91,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(content, headers={"ETag": _sha(content), "X-Repo-Commit": self.sha(repo)})
 
     do_HEAD = do_GET
+
+    def has_branch(self, repo: str, name: str) -> bool:
+        made = self.root / "branches"
+        return name in ("main", self.sha(repo)) or (made.is_file() and f"{repo}/{name}" in made.read_text().split())
 
     def files(self, repo: str) -> list[tuple[str, bytes]]:
         folder = self.root / repo

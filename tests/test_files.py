@@ -83,6 +83,17 @@ def test_saving_over_an_older_adapter_leaves_no_remains(tmp_path):
     assert_equal_states(new_state(load_adapter(zoo.build("qwen2"), tmp_path)), new_state(model))
 
 
+def test_saving_leaves_alone_what_is_not_an_adapters(tmp_path):
+    (tmp_path / "lora-baseline").mkdir()
+    others = ["lora-baseline/notes.txt", "weights-best.safetensors", ".config.tmp", "weights-0123.safetensors"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    save_adapter(injected(seed=1), tmp_path)
+    save_adapter(injected(seed=2), tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+    assert len(list(tmp_path.iterdir())) == 2 + len(others)
+
+
 @pytest.mark.parametrize("step", ["save_file", "os.replace:1", "os.replace:2"])
 def test_a_kill_while_saving_leaves_the_old_adapter_whole(tmp_path, step):
     old = injected(seed=1)
@@ -124,6 +135,11 @@ def edit(folder, **changes):
     file.write_text(json.dumps(index))
 
 
+def relayer(folder, layers):
+    base = next(iter(json.loads((folder / "moe_adapter.json").read_text())["base"].values()))
+    edit(folder, layers=layers, base={layer: base for layer in layers})
+
+
 def truncate(folder):
     file = next(folder.glob("*.safetensors"))
     os.truncate(file, file.stat().st_size // 2)
@@ -138,9 +154,25 @@ DAMAGE = {
     "no format": (lambda folder: edit(folder, format_version=None), "format_version is None"),
     "unknown field": (lambda folder: edit(folder, speed=1), "unknown or missing fields: speed"),
     "unknown config field": (lambda folder: edit(folder, config={"topk": 2}), "no field topk"),
-    "layers of another model": (lambda folder: edit(folder, layers=["model.layers.7.mlp"]), "doesn't fit this base"),
-    "weights of another shape": (lambda folder: edit(folder, config={"expert_dim": 8}), "the model expects"),
-    "fewer layers in the index": (lambda folder: edit(folder, layers=["model.layers.0.mlp"]), "hasn't got"),
+    "layers of another model": (
+        lambda folder: relayer(folder, ["model.layers.7.mlp"]),
+        r"doesn't fit this base: Qwen2ForCausalLM has no module model\.layers\.7\.mlp \(1 such\), where a "
+        "Qwen2ForCausalLM has an FFN. Load the base",
+    ),
+    "weights of another shape": (lambda folder: edit(folder, config={"expert_dim": 8}), "the model expects.*load the"),
+    "fewer layers in the index": (lambda folder: relayer(folder, ["model.layers.0.mlp"]), "hasn't got: load the base"),
+    "no description of the base": (lambda folder: edit(folder, base={}), "don't describe the base of 2 layers. Copy"),
+    "half a description of the base": (
+        lambda folder: edit(folder, base={"model.layers.0.mlp": {}, "model.layers.1.mlp": {}}),
+        "don't describe the base",
+    ),
+    **{
+        f"{field} null": (
+            lambda folder, field=field: edit(folder, **{field: None}),
+            f"is damaged: {field} is None, expected a {kind}. Copy the adapter again",
+        )
+        for field, kind in dict(config="dict", layers="list", weights="str", base="dict", model="dict").items()
+    },
 }
 
 
@@ -184,6 +216,16 @@ def test_an_injected_model_of_another_config_is_refused(tmp_path):
     model = injected(top_k=1, router_softmax="all")
     with pytest.raises(MoEAdapterError, match="another top_k, router_softmax"):
         load_adapter(model, tmp_path)
+
+
+def test_the_base_parameters_of_an_earlier_adapter_leave_with_it(tmp_path):
+    model = injected(seed=1)
+    model.model.norm.weight.requires_grad_(True)
+    torch.nn.init.constant_(model.model.norm.weight, 1.5)
+    save_adapter(model, tmp_path / "with")
+    save_adapter(injected(seed=2), tmp_path / "without")
+    model = load_adapter(zoo.build("qwen2"), tmp_path / "with")
+    assert load_adapter(model, tmp_path / "without").model.norm.weight.eq(1).all()
 
 
 def test_a_dense_model_has_no_adapter_to_save(tmp_path):

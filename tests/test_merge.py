@@ -36,6 +36,13 @@ def test_merging_averages_every_parameter_by_weight(dtype, tmp_path):
     load_adapter(zoo.build("qwen2").to(dtype), tmp_path / "merged")
 
 
+def test_runs_that_differ_only_in_start_values_or_speed_are_merged(tmp_path):
+    save_adapter(trained(1), tmp_path / "a")
+    save_adapter(trained(2, expert_init="ffn_slice", lam_init=0.3, init_std=0.1, balance_coef=0.1), tmp_path / "b")
+    merge_adapters([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "merged")
+    load_adapter(zoo.build("qwen2"), tmp_path / "merged")
+
+
 def update(folder) -> dict[str, torch.Tensor]:
     """ΔW of a LoRA by module, computed by peft's own merging into the base."""
     model = peft.PeftModel.from_pretrained(zoo.build("qwen2"), folder).merge_and_unload()
@@ -120,6 +127,9 @@ def test_loras_that_cannot_be_averaged_say_why(lora, message, tmp_path):
         ([0, 0], "not all of them 0"),
         ([2, -1], "numbers ≥ 0"),
         ([1, float("nan")], "≥ 0"),
+        ("ab", "got weights 'ab', expected one number"),
+        (["1", "2"], r"got weights \['1', '2'\], expected one number"),
+        (None, "got weights None, expected one number"),
     ],
 )
 def test_weights_that_make_no_average_are_refused(weights, message, tmp_path):

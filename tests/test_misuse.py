@@ -7,16 +7,39 @@ wrapped models in test_wrappers.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 import zoo
-from reference import perturb
+from misuse_models import (
+    LORA,
+    SIZES,
+    add,
+    dense,
+    enter_static_only,
+    flip_lora,
+    fused_attention,
+    half_loaded,
+    injected,
+    load,
+    lora_from_bare_base,
+    lora_on,
+    named,
+    named_on,
+    norm_on_meta,
+    norm_trained,
+    other_kv_width,
+    own_lora,
+    resized,
+    truncate,
+    twice_unnamed,
+    two_loras,
+    with_lora,
+    write_file,
+)
 from torch import nn
 
 from moe_adapter import (
@@ -29,107 +52,17 @@ from moe_adapter import (
     plan_injection,
     save_adapter,
     set_stage,
-    static_only,
 )
 from moe_adapter.adapters import (
     active_adapter,
     add_adapter,
     delete_adapter,
     from_pretrained,
+    merge_adapters,
     push_to_hub,
     set_adapter,
     write_card,
 )
-
-SIZES = dict(num_experts=4, expert_dim=16, shared_expert_dim=24)
-LORA = dict(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-
-
-def dense() -> nn.Module:
-    return zoo.build("qwen2")
-
-
-def injected(**config) -> nn.Module:
-    return perturb(inject_dual_path_moe(dense(), **{**SIZES, **config}))
-
-
-def with_lora(model: nn.Module, **lora) -> nn.Module:
-    model = peft.get_peft_model(model, peft.LoraConfig(**{**LORA, **lora}))
-    set_stage(model, 2)
-    return model
-
-
-def named(lora: bool = False) -> nn.Module:
-    """A model whose active adapter is "b", loaded from the directory of that name, beside "default"."""
-    model = with_lora(injected()) if lora else injected()
-    save_adapter(injected(top_k=1, router_softmax="all"), "b")
-    return add_adapter(model, "b", "b")
-
-
-def twice_unnamed() -> nn.Module:
-    model = named()
-    set_adapter(model, None)
-    return inject_dual_path_moe(model, **SIZES)
-
-
-def half_loaded() -> nn.Module:
-    """As after a checkpoint of which one shard was missing."""
-    model = dense()
-    model.model.layers[1].mlp.to("meta")
-    return model
-
-
-def two_loras() -> nn.Module:
-    model = with_lora(injected())
-    model.add_adapter("second", peft.LoraConfig(**LORA))
-    model.base_model.set_adapter(["default", "second"])
-    return model
-
-
-def load(adapter: Callable[[], nn.Module], damage: Callable[[Path], Any] = lambda folder: None) -> Callable:
-    """Load onto the model an adapter that was saved from another, after some damage."""
-
-    def act(model: nn.Module, folder: Path) -> None:
-        save_adapter(adapter(), folder / "adapter")
-        damage(folder / "adapter")
-        load_adapter(model, folder / "adapter")
-
-    return act
-
-
-def truncate(pattern: str) -> Callable[[Path], None]:
-    def act(folder: Path) -> None:
-        file = next(folder.glob(pattern))
-        os.truncate(file, file.stat().st_size - 100)
-
-    return act
-
-
-def norm_trained() -> nn.Module:
-    model = injected()
-    model.model.norm.weight.requires_grad_(True)
-    return model
-
-
-def norm_on_meta() -> nn.Module:
-    model = dense()
-    model.model.norm.to("meta")
-    return model
-
-
-def write_file(model: nn.Module, folder: Path) -> None:
-    (folder / "file").write_text("")
-    save_adapter(model, folder / "file")
-
-
-def lora_from_bare_base(model: nn.Module, folder: Path) -> None:
-    set_adapter(model.get_base_model(), "default")
-
-
-def enter_static_only(model: nn.Module, folder: Path) -> None:
-    with static_only(model):
-        pass
-
 
 # What was done: the model it was done to, the deed, and what the message says (a regex).
 INJECTING: dict[str, tuple[Callable, Callable, str]] = {
@@ -219,6 +152,16 @@ TRAINING: dict[str, tuple[Callable, Callable, str]] = {
     ),
     "a third stage": (injected, lambda m, _: set_stage(m, 3), "got stage 3, expected 1"),
     "a stage by name": (injected, lambda m, _: set_stage(m, "II"), "got stage 'II', expected 1"),
+    "a stage of a name": (
+        injected,
+        lambda m, _: set_stage("x", 1),
+        "got str 'x' for the model, expected a torch.*load",
+    ),
+    "copies of routers by peft": (
+        lambda: peft.get_peft_model(injected(), peft.LoraConfig(**LORA, modules_to_save=["router"])),
+        lambda m, _: set_stage(m, 2),
+        r"layers\.0\.mlp\.router.*: peft's modules_to_save holds a copy.*Take what names it .* out of modules_to_save",
+    ),
 }
 FILES: dict[str, tuple[Callable, Callable, str]] = {
     "saving into a file": (injected, write_file, "is a file: an adapter takes a directory"),
@@ -226,6 +169,12 @@ FILES: dict[str, tuple[Callable, Callable, str]] = {
         lambda: with_lora(injected()),
         lambda m, f: save_adapter(m.get_base_model(), f),
         "holds LoRA layers: pass the PeftModel itself",
+    ),
+    "saving a name": (dense, lambda m, f: save_adapter("x", f), "got str 'x' for the model, expected a torch.*load it"),
+    "saving to nowhere": (
+        injected,
+        lambda m, f: save_adapter(m, None),
+        "got None for an adapter's dir.*expected a path",
     ),
     "saving two LoRAs": (two_loras, lambda m, f: save_adapter(m, f), "2 LoRAs are active.*expected 1: set_adapter"),
     "saving what was never loaded": (
@@ -238,12 +187,52 @@ FILES: dict[str, tuple[Callable, Callable, str]] = {
         lambda m, f: load_adapter(m, f / "none"),
         r"holds no adapter: moe_adapter.json is missing; expected a directory of save_adapter\(\)",
     ),
+    "loading None": (dense, lambda m, f: load_adapter(m, None), "got None for an adapter's directory, expected a path"),
+    "loading a LoRA of another width": (
+        other_kv_width,
+        load(lora_on("q_proj", "k_proj")),
+        r"doesn't fit this base: .*k_proj\.lora_B\.weight is \(16, 4\), the model expects \(32, 4\)\. Load the base",
+    ),
+    "adding a LoRA of another width": (
+        lambda: named_on(other_kv_width()),
+        add(lora_on("q_proj", "k_proj"), "b"),
+        r"k_proj\.lora_B\.weight is \(16, 4\), the model expects \(32, 4\)\. Load the base",
+    ),
+    "loading a LoRA of another vocabulary": (
+        resized,
+        load(lora_on("q_proj", "lm_head")),
+        r"doesn't fit this base: lm_head.* is \(128, 32\), the model expects \(136, 32\)\. Load .* vocabulary",
+    ),
+    "loading a LoRA for other modules": (
+        fused_attention,
+        load(lora_on("q_proj", "k_proj")),
+        r"is a LoRA for model\.layers\.0\.self_attn\.k_proj \(2 such\), which the model hasn't got: load the base",
+    ),
+    "loading a LoRA with a flipped bit": (
+        dense,
+        load(lambda: with_lora(injected()), flip_lora),
+        "lora-.* is truncated or damaged: its content doesn't match its name. Copy it again",
+    ),
+    "loading a LoRA over one's own": (
+        own_lora,
+        load(lambda: with_lora(injected())),
+        r"a LoRA 'default' of its own, which the adapter's would overwrite: load onto .*by another name, add_adapter",
+    ),
+    "loading a LoRA onto a bare base": (
+        lambda: own_lora().get_base_model(),
+        load(lambda: with_lora(injected())),
+        "holds LoRA layers already: pass the PeftModel",
+    ),
     "loading onto another base": (
         lambda: zoo.build("qwen2", seed=3),
         load(injected),
         r"another base: the weights of model\.layers\.0\.mlp differ.*Load the checkpoint that",
     ),
-    "loading onto another architecture": (lambda: zoo.build("gpt2"), load(injected), "doesn't fit this base"),
+    "loading onto another architecture": (
+        lambda: zoo.build("gpt2"),
+        load(injected),
+        r"doesn't fit this base: GPT2LMHeadModel has no module model\.layers\.0\.mlp \(2 such\), where a Qwen2.*Load",
+    ),
     "loading onto another injection": (
         lambda: injected(expert_dim=8),
         load(injected),
@@ -252,7 +241,7 @@ FILES: dict[str, tuple[Callable, Callable, str]] = {
     "loading onto other layers": (
         lambda: injected(layers=(1,)),
         load(injected),
-        "dual-path layers differ from the adapter's",
+        r"layers differ from the adapter's: got model\.layers\.1\.mlp, expected model\.layers\.0\.mlp, .*then load",
     ),
     "loading a truncated shard": (dense, load(injected, truncate("weights-*")), "truncated or damaged.*Copy it again"),
     "loading onto the meta device": (
@@ -268,12 +257,12 @@ FILES: dict[str, tuple[Callable, Callable, str]] = {
     "loading a truncated LoRA": (
         dense,
         load(lambda: with_lora(injected()), truncate("lora-*/*.safetensors")),
-        "lora-.* is truncated or damaged.*copy the adapter again",
+        "lora-.* is truncated or damaged: its content doesn't match its name. Copy it again",
     ),
     "loading a LoRA without its config": (
         dense,
         load(lambda: with_lora(injected()), lambda f: next(f.glob("lora-*/*.json")).unlink()),
-        "is no LoRA in peft's format: copy the adapter again",
+        "is no LoRA in peft's format: expected adapter_config.json and adapter_model.*; copy the adapter again",
     ),
     "loading a LoRA over another": (
         lambda: with_lora(injected(), r=8),
@@ -286,6 +275,16 @@ FILES: dict[str, tuple[Callable, Callable, str]] = {
         "wrapped by DataParallel: inject before wrapping.*the same goes for loading",
     ),
     "a card for no adapter": (injected, lambda m, f: write_card(f), "holds no adapter"),
+    "a card with a list of results": (
+        dense,
+        lambda m, f: (save_adapter(injected(), f), write_card(f, metrics=[1])),
+        r"write_card: got the metrics \[1\], expected numbers by name: metrics=\{",
+    ),
+    "merging a path": (
+        dense,
+        lambda m, f: merge_adapters(str(f), [1], f),
+        "got one path, .*expected a list of at least",
+    ),
 }
 ADAPTERS: dict[str, tuple[Callable, Callable, str]] = {
     "a name that is taken": (
@@ -293,19 +292,28 @@ ADAPTERS: dict[str, tuple[Callable, Callable, str]] = {
         lambda m, f: add_adapter(m, f / "b", "default"),
         r"an adapter 'default' already, beside \['b'\]: choose another name, or delete_adapter",
     ),
+    "a number for a name": (
+        named,
+        lambda m, f: add_adapter(m, f / "b", 3),
+        "got the adapter name 3, expected text without dots.*: name it anew",
+    ),
     "a name with a dot": (named, lambda m, f: add_adapter(m, f / "b", "v1.0"), "'v1.0', expected text without dots"),
     "adding what is no adapter": (named, lambda m, f: add_adapter(m, f, "c"), "holds no adapter"),
     "switching to a stranger": (
         named,
         lambda m, _: set_adapter(m, "c"),
-        r"no adapter 'c'; it has \['b', 'default'\]: add_adapter it first",
+        r"no adapter 'c', expected one of \['b', 'default'\]: adapter_names\(model\) lists them",
     ),
     "switching from a second one without a name": (
         twice_unnamed,
         lambda m, _: set_adapter(m, "b"),
         "injected without a name, and its adapter 'default' has that one: save_adapter and eject",
     ),
-    "deleting a stranger": (named, lambda m, _: delete_adapter(m, "c"), "no adapter 'c'; it has"),
+    "deleting a stranger": (
+        named,
+        lambda m, _: delete_adapter(m, "c"),
+        r"no adapter 'c', expected one of \['b', 'default'\]: adapter_names",
+    ),
     "switching under a PeftModel": (lambda: named(lora=True), lora_from_bare_base, "hold LoRAs: pass the PeftModel"),
     "asking a parallel model": (
         lambda: nn.DataParallel(named()),
@@ -333,7 +341,7 @@ MISUSES = {
 
 
 def portrait(model: nn.Module) -> dict[str, Any]:
-    """All that a misuse might have changed in a model: values, module objects, flags, modes, hooks."""
+    """All that a misuse might have changed in a model: values, module objects, flags, modes, hooks, peft's state."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + str((tensor.dtype, tensor.shape, tensor.device)).encode())
@@ -346,6 +354,12 @@ def portrait(model: nn.Module) -> dict[str, Any]:
         "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         "training": {name: module.training for name, module in model.named_modules()},
         "hooks": {name: hooks(module) for name, module in model.named_modules()},
+        "peft": {
+            name: (module.disable_adapters, str(module.active_adapters))
+            for name, module in model.named_modules()
+            if hasattr(module, "adapter_layer_names")
+        },
+        "LoRAs": [str(getattr(model, "peft_config", None)), str(getattr(model, "active_adapter", None))],
     }
 
 

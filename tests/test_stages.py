@@ -108,6 +108,41 @@ def test_a_lora_is_saved_beside_the_moe_and_loaded_with_it(tmp_path):
     assert peft.PeftConfig.from_pretrained(folder).r == 8
 
 
+COMMON = {
+    "FFN names": dict(target_modules=["q_proj", "up_proj", "down_proj"]),
+    "all-linear": dict(target_modules="all-linear"),
+    "DoRA": dict(target_modules=["q_proj", "up_proj"], use_dora=True),
+}
+
+
+@pytest.mark.parametrize("order", ["inject first", "LoRA first"])
+@pytest.mark.parametrize("lora", COMMON)
+def test_a_lora_on_parts_of_the_layers_is_no_part_of_them_and_travels(lora, order, tmp_path):
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **COMMON[lora])
+    model = zoo.build("qwen2")
+    if order == "inject first":
+        plain = set(next(iter(dual_path_layers(inject_dual_path_moe(model, **SIZES)).values())).new_parameters())
+        model = peft.get_peft_model(model, config)
+        layer = next(iter(dual_path_layers(model).values()))
+        assert set(layer.new_parameters()) == plain
+        assert any("shared_expert" in name and "lora_" in name for name, _ in layer.named_parameters())
+    else:
+        inject_dual_path_moe(peft.get_peft_model(model, config), **SIZES)
+        model = peft.get_peft_model(zoo.build("qwen2"), config)
+        inject_dual_path_moe(model, **SIZES)
+    set_stage(model, 1)
+    assert not any("lora_" in name for name in trainable(model))
+    set_stage(model, 2)
+    train_a_little(model)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(zoo.build("qwen2"), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert trainable(loaded) == trainable(model)
+    save_adapter(loaded, tmp_path / "again")
+    again = load_adapter(zoo.build("qwen2"), tmp_path / "again").eval()
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_a_lora_model_without_its_peft_wrapper_is_refused(tmp_path):
     model = with_lora(inject_dual_path_moe(zoo.build("qwen2_vl"), **SIZES))
     with pytest.raises(MoEAdapterError, match="pass the PeftModel"):
