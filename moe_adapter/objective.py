@@ -12,6 +12,7 @@ from torch import nn
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.layer import DualPathMoE
 from moe_adapter.losses import IGNORED_LABEL, total_loss
+from moe_adapter.plan import check_module
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
     A scalar with gradient, also under gradient checkpointing, reentrant or not; 0 for a model without routed experts.
 
     Raises:
-        MoEAdapterError: the model has no dual-path layers, or none has run yet.
+        MoEAdapterError: no model, one without dual-path layers, or none of them has run yet.
     """
+    check_module(model)
     layers = dual_path_layers(model).values()
     if not layers:
         raise MoEAdapterError(

@@ -129,7 +129,7 @@ CASES: dict[str, Case] = {name: of_zoo(name) for name in zoo.ZOO} | {
     "lfm2": Case(lfm2, "AutoModelForCausalLM"),
     "falcon_h1": Case(falcon_h1, "AutoModelForCausalLM"),
     "zamba": Case(zamba, "AutoModelForCausalLM"),
-    "llama4": Case(llama4, "AutoModelForCausalLM"),
+    "llama4": Case(llama4, "AutoModelForCausalLM", target=r"feed_forward\.shared_expert"),
     "bart": Case(bart, "AutoModelForSeq2SeqLM", target=r"layers\.\d+"),
     "vit": Case(
         vit, "AutoModelForImageClassification", dict(pixel_values=PIXELS), target=r"layers?\.\d+\.mlp|layer\.\d+"

@@ -33,10 +33,8 @@ other target that names a mixture of experts, its experts, or what holds them. T
 feed-forward blocks or stacked weights, and beside them a router with a row for each. Shared experts and the dense
 blocks among the others can be named, and are treated as any feed-forward block:
 
-```python
-inject_dual_path_moe(model, r"mlp\\.shared_experts?")     # Qwen2-MoE, DeepSeek-V3
-inject_dual_path_moe(model, r"layers\\.0\\.feed_forward")  # a dense block of Jamba
-```
+    inject_dual_path_moe(model, r"mlp\\.shared_experts?")     # Qwen2-MoE, DeepSeek-V3
+    inject_dual_path_moe(model, r"layers\\.0\\.feed_forward")  # a dense block of Jamba
 
 The balance loss is then that of the new routers alone."""
 OTHERS = """\
