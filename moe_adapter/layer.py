@@ -24,9 +24,9 @@ class DualPathMoE(KeepsFloat32):
     """Y = α·FFN(X) + (1 − α)·[λ·S(X) + Σ_{i ∈ top-k} g_i(X)·E_i(X)], equation (3).
 
     `static_expert` is the host's own FFN module, called as it always was, with all its arguments; where it is a plain
-    FFN without hooks, one operator may stand in for the call (dense.py). A path that the config leaves out is None. `alpha_logit` and `lam_logit` have shape (1,) and stay float32. With
-    mixing="token" (the authors' released code) `coefficient` (D → 2; 0 the MoE, 1 the FFN) and `shared_expert_gate`
-    (D → 1) take the place of the two scalars.
+    FFN without hooks, one operator may stand in for the call (dense.py). A path that the config leaves out is None.
+    `alpha_logit` and `lam_logit` have shape (1,) and stay float32. With mixing="token" (the authors' released code)
+    `coefficient` (D → 2; 0 the MoE, 1 the FFN) and `shared_expert_gate` (D → 1) take the place of the two scalars.
     """
 
     def __init__(self, static_expert: nn.Module, ffn: FeedForward, config: DualPathConfig, *, device, dtype):
