@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks import gate, ideal
 from benchmarks.shapes import Shape
-from benchmarks.subjects import PEERS, PeerLayer, our_layer, peer_experts
+from benchmarks.subjects import PeerLayer, our_layer, peer_experts, peers
 from benchmarks.timing import Time, interleaved
 from moe_adapter import DualPathMoE
 
@@ -22,7 +22,7 @@ def layer_times(shape: Shape, like: Tensor, backends: list[str], seconds: float)
     layers = {backend: our_layer(shape, like, backend) for backend in backends}
     calls: dict[str, Callable[[Tensor], Tensor]] = {f"ours, {name}": layer for name, layer in layers.items()}
     first = next(iter(layers.values()))
-    for name in PEERS:
+    for name in peers(shape, like):
         calls[name] = PeerLayer(first, peer_experts(first, name))
     for name, call in calls.items():
         gate.check(name, layers.get(name.removeprefix("ours, "), first), call)
@@ -42,7 +42,7 @@ def routed_times(shape: Shape, like: Tensor, backends: list[str], seconds: float
     calls: dict[str, Callable] = {}
     for backend in backends:
         calls[f"ours, {backend}"] = _with_backend(layer, backend)
-    calls |= {name: peer_experts(layer, name) for name in PEERS}
+    calls |= {name: peer_experts(layer, name) for name in peers(shape, like)}
     for name, call in calls.items():
         gate.check_routed(name, layer, call)
     ready = {name: (lambda given, call=call: call(given, index, weights)) for name, call in calls.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +21,8 @@ over the ideal's median, ± the distance between its quartiles. *Ideal (dense)* 
 trainable dense FFN with the multiply-adds of the shared expert and the K chosen experts, asserted equal to the layer's;
 *its products alone* leaves the activations out as well and writes into memory that is there. A training step is a
 forward and a backward to the input and to every parameter that trains. Before anything is timed, every subject's output
-and gradients are held against the layer in float64, or there is no table. Peers run on the same weights."""
+and gradients are held against the layer in float64, or there is no table. Peers run on the same weights; `batched_mm`
+copies an expert's weights for every slot and is left out (–) where that takes more than a GiB."""
 
 
 def machine() -> str:
@@ -54,31 +56,36 @@ def ratios(times: Times) -> dict[str, tuple[float, float]]:
 def table(title: str, columns: dict[str, Times]) -> str:
     """One column for each measurement, one row for each subject."""
     by_column = {column: ratios(times) for column, times in columns.items()}
-    rows = [name for name in next(iter(columns.values())) if name not in (IDEAL, GEMMS)] + [IDEAL, GEMMS]
+    rows = [*subjects(columns.values()), IDEAL, GEMMS]
     lines = [f"## {title}\n", f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     for name in rows:
-        cells = (f"{by_column[column][name][0]:.2f} ± {by_column[column][name][1]:.2f}" for column in columns)
+        found = (by_column[column].get(name) for column in columns)
+        cells = ("–" if cell is None else f"{cell[0]:.2f} ± {cell[1]:.2f}" for cell in found)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     milliseconds = (f"{times[IDEAL].median * 1e3:.3g} ms" for times in columns.values())
     lines.append(f"| the ideal's time | {' | '.join(milliseconds)} |")
     return "\n".join(lines) + "\n"
 
 
+def subjects(columns: Iterable[Times]) -> list[str]:
+    """All that were measured, the ideal aside."""
+    return [name for name in dict.fromkeys(name for times in columns for name in times) if name not in (IDEAL, GEMMS)]
+
+
 def scaling_figure(sweeps: dict[str, dict[int, Times]], path: Path) -> None:
     """The routed part over the ideal as tokens, experts and top-k grow, one panel each."""
     figure, axes = plt.subplots(1, len(sweeps), figsize=(3.4 * len(sweeps), 3.0), sharey=True, squeeze=False)
     for ax, (what, sweep) in zip(axes[0], sweeps.items(), strict=True):
-        for marker, name in zip(
-            "osD^v", [n for n in next(iter(sweep.values())) if n not in (IDEAL, GEMMS)], strict=False
-        ):
-            ax.plot(list(sweep), [ratios(times)[name][0] for times in sweep.values()], marker=marker, label=name)
+        for marker, name in zip("osD^v", subjects(sweep.values()), strict=False):
+            points = [(value, ratios(times)[name][0]) for value, times in sweep.items() if name in times]
+            ax.plot(*zip(*points, strict=True), marker=marker, label=name)
         ax.axhline(1, color="0.6", linewidth=0.8)
         ax.set(xscale="log", yscale="log", xlabel=what)
         ax.set_xticks(list(sweep), [str(value) for value in sweep], minor=False)
         ax.minorticks_off()
     axes[0][0].set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     axes[0][0].set_ylabel("training step ÷ ideal")
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

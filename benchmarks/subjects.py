@@ -14,6 +14,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from benchmarks.shapes import Shape
 from moe_adapter import DualPathConfig, DualPathMoE, inject_dual_path_moe
 
+BATCHED_BYTES = 2**30
 PEERS = ("transformers eager", "transformers grouped_mm", "transformers batched_mm", "sorted loop")
 
 
@@ -46,6 +47,12 @@ class PeerLayer(nn.Module):
         moe = self.layer.lam.to(x.dtype) * self.layer.shared_expert(x) + routed.to(x.dtype)
         alpha = self.layer.alpha.to(x.dtype)
         return alpha * self.layer.static_scale * self.layer.static_expert(x) + (1 - alpha) * moe
+
+
+def peers(shape: Shape, like: Tensor) -> tuple[str, ...]:
+    """The peers that can run: batched_mm copies an expert's weights for every slot, which takes more than there is."""
+    copies = 3 * shape.tokens * shape.top_k * shape.hidden * shape.expert * like.element_size()
+    return tuple(name for name in PEERS if "batched" not in name or copies < BATCHED_BYTES)
 
 
 def peer_experts(layer: DualPathMoE, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -20,15 +20,13 @@ class Time:
 
 def interleaved(calls: dict[str, Callable[[], object]], *, seconds: float, rounds: int = 15) -> dict[str, Time]:
     """Time the calls in turns for about `seconds`, in 3 to `rounds` rounds after one that is thrown away."""
+    for call in calls.values():
+        call()
     found: dict[str, list[float]] = {name: [] for name in calls}
-    spent = 0.0
-    for turn in range(rounds + 1):
+    for turn in range(rounds):
         for name, call in calls.items():
-            took = _once(call)
-            spent += took
-            if turn:
-                found[name].append(took)
-        if turn >= 3 and spent > seconds:
+            found[name].append(_once(call))
+        if turn >= 2 and sum(map(sum, found.values())) > seconds:
             break
     return {name: _summary(times) for name, times in found.items()}
 

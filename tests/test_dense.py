@@ -110,7 +110,10 @@ def gated_ffn(forward) -> nn.Module:
     [
         (lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), True),
         (lambda self, x: self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x))), True),
-        (lambda self, x: self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x)), False),
+        (
+            lambda self, x: self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x)),
+            True,
+        ),  # by deed, not by name
         (lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 2, False),
         (lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=3) * self.up_proj(x)), False),
         (lambda self, x: self.down_proj(self.gate_proj(x) * self.up_proj(x)), False),

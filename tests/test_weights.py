@@ -300,6 +300,18 @@ def test_a_compiled_model_has_the_loss_and_the_gradients_of_the_plain_one():
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
+def test_a_compiled_model_takes_any_batch_size():
+    torch._dynamo.reset()
+    model = perturb(inject_dual_path_moe(zoo.build("qwen2"), **SIZES)).eval()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for batch, length in ((2, 7), (3, 7), (5, 9), (4, 12)):
+        ids = torch.randint(3, 100, (batch, length))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert graphs.frame_count <= 3  # the first size, then any number of rows, then any length
+
+
 @pytest.mark.slow
 def test_inductor_compiles_the_layer():
     torch._dynamo.reset()

@@ -25,7 +25,7 @@ def routed(backend):
     ma.inject_dual_path_moe(net, target="ffn", expert_dim=8, shared_expert_dim=8, preserve_base=False, backend=backend)
     return net["ffn"](torch.ones(3, 8))
 assert torch.allclose(routed("auto"), routed("eager"), atol=1e-6)
-assert not backends._said, backends._said
+assert not any("goes on with eager" in said for said in backends._said), backends._said
 assert torch.equal(routed("megablocks"), routed("eager"))
 backends.load_backend("megablocks")
 """
