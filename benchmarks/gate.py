@@ -37,7 +37,7 @@ def check(name: str, layer: DualPathMoE, call: Callable[[Tensor], Tensor]) -> No
         outputs.append(output)
         grads.append(torch.autograd.grad(output.square().sum(), wanted))
     for got, expected in zip((outputs[0], *grads[0]), (outputs[1], *grads[1]), strict=True):
-        error = float((got.detach().double() - expected.detach()).norm() / expected.norm().clamp(min=1e-12))
+        error = float((got.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp(min=1e-12))
         if got.numel() > 1 and not error < LIMITS[x.dtype]:
             raise GateError(f"{name} is off by {error:.1e} of the float64 layer, allowed {LIMITS[x.dtype]:.0e}")
 
@@ -55,6 +55,6 @@ def check_routed(name: str, layer: DualPathMoE, call: Callable[[Tensor, Tensor, 
         for output, wanted in zip(outputs, (parameters, list(experts.parameters())), strict=True)
     ]
     for got, expected in zip((outputs[0], *grads[0]), (outputs[1], *grads[1]), strict=True):
-        error = float((got.detach().double() - expected.detach()).norm() / expected.norm())
+        error = float((got.detach().double() - expected.detach()).norm() / expected.detach().norm())
         if not error < LIMITS[x.dtype]:
             raise GateError(f"{name} is off by {error:.1e} of the float64 experts, allowed {LIMITS[x.dtype]:.0e}")

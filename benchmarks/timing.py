@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+LONG_ENOUGH = 0.03  # seconds
+
 
 @dataclass(frozen=True)
 class Time:
@@ -32,21 +34,25 @@ def interleaved(calls: dict[str, Callable[[], object]], *, seconds: float, round
 
 
 def _once(call: Callable[[], object]) -> float:
-    """One call, or as many as fill a millisecond."""
-    _wait()
-    start, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - start < 2e-3:
+    """One call; a short one is repeated for LONG_ENOUGH after one that warms the caches."""
+    started = _now()
+    call()
+    first = _now() - started
+    if first > LONG_ENOUGH:
+        return first
+    started, count = _now(), 0
+    while count == 0 or _now() - started < LONG_ENOUGH:
         call()
         count += 1
-    _wait()
-    return (time.perf_counter() - start) / count
+    return (_now() - started) / count
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _summary(times: list[float]) -> Time:
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     return Time(median, high - low)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

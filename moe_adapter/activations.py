@@ -50,7 +50,10 @@ def activate(name: str, gate: Tensor | None, up: Tensor) -> Tensor:
 
 
 def activate_backward(name: str, da: Tensor, gate: Tensor | None, up: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Gradients of gate and up for the gradient `da` of `activate`, whose memory they may take."""
+    """Gradients of gate and up for the gradient `da` of `activate`, whose memory they may take.
+
+    ⟨up, gradient of up⟩ is ⟨da, activate⟩ where there is a gate.
+    """
     function, derivative = ACTIVATIONS[name]
     if gate is None:
         return None, derivative(da, up)

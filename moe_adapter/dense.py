@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -37,7 +38,16 @@ class Maps(NamedTuple):
 def dense_ffn(x_TD: Tensor, factor: Tensor, maps: Maps, activation: str) -> Tensor:
     """s·FFN(x), shape (T, D), for a `factor` s (1,) or (T, 1) in float32 and an `activation` in ACTIVATIONS."""
     run = fastest(_forward, DenseFFN, dense_ffn_op, (x_TD, factor, *maps))
+    if run is _forward and len(x_TD) <= CHUNK:
+        return _at_once(x_TD, factor, maps, activation)
     return run(x_TD, factor, *maps, activation, run is not _forward)[0]
+
+
+def _at_once(x_TD: Tensor, factor: Tensor, maps: Maps, activation: str) -> Tensor:
+    """`_forward` of few tokens, as in decoding, without what chunks cost."""
+    gate = None if maps.gate_FD is None else F.linear(x_TD, maps.gate_FD, maps.gate_bias_F)
+    a = activate(activation, gate, F.linear(x_TD, maps.up_FD, maps.up_bias_F))
+    return F.linear(a, maps.down_DF, maps.down_bias_D).mul_(factor)
 
 
 def fastest(
@@ -92,26 +102,35 @@ def _backward(
     for rows in _chunks(x_TD, whole=trains):
         dy, s, up = dy_TD[rows], _of(factor, rows), up_TF[rows]
         gate = None if gate_FD is None else gate_TF[rows]
-        da, a = torch.mm(dy, down_DF), activate(activation, gate, up)
+        da = torch.mm(dy, down_DF)
+        a = activate(activation, gate, up) if trains or gate is None else None
         if trains:
             _down_gradients(dmaps, (dy * s).to(dy.dtype), a)
-        if needs[1]:  # ⟨dy, FFN(x)⟩ without its output
-            dfactor = a.mul_(da).sum(-1, dtype=factor.dtype)
-            dfactor_T1[rows, 0] = dfactor if down_bias_D is None else dfactor.add_((dy * down_bias_D).sum(-1))
+        if needs[1] and gate is None:
+            dfactor_T1[rows, 0] = _dot(a, da)
         dgate, dup = activate_backward(activation, da, gate, up)
+        if needs[1] and gate is not None:  # ⟨a, da⟩ without a
+            dfactor_T1[rows, 0] = _dot(dup, up)
         if trains:
             _up_gradients(dmaps, (x_TD[rows] * s).to(dy.dtype), dgate, dup, s)
         if needs[0]:
             dx = torch.mm(dup, up_FD, out=dx_TD[rows])
             (dx if dgate is None else dx.addmm_(dgate, gate_FD)).mul_(s)  # pyright: ignore
+    if needs[1] and down_bias_D is not None:
+        dfactor_T1 += (dy_TD @ down_bias_D)[:, None]
     dfactor = dfactor_T1 if factor.dim() == 2 else dfactor_T1.sum(0)
     return [dx_TD, dfactor, *dmaps]
 
 
-def _down_gradients(dmaps: list[Tensor], dy: Tensor, a: Tensor) -> None:
+def _dot(left: Tensor | None, right: Tensor) -> Tensor:
+    """Row by row, (T,): ⟨dy, FFN(x)⟩ is ⟨da, a⟩, which takes no output, and no bias of the down map."""
+    return torch.linalg.vecdot(left, right)
+
+
+def _down_gradients(dmaps: list[Tensor], dy: Tensor, a: Tensor | None) -> None:
     """Of the down map, from the scaled gradient of its output, into those of `dmaps` that have elements."""
     ddown_DF, ddown_bias_D = dmaps[2], dmaps[5]
-    if ddown_DF.numel():
+    if ddown_DF.numel() and a is not None:
         torch.mm(dy.T, a, out=ddown_DF)
     if ddown_bias_D.numel():
         torch.sum(dy, 0, out=ddown_bias_D)

@@ -97,9 +97,9 @@ def _backward(
         dy = grad_TD[token]
         da, a = dy @ down_EDF[expert], activate(activation, gate, up)
         if dw_TK is not None:
-            dw = (da * a).sum(-1, dtype=dw_TK.dtype)
+            dw = torch.linalg.vecdot(da, a).to(dw_TK.dtype)
             if down_bias_ED is not None:
-                dw += (dy * down_bias_ED[expert]).sum(-1, dtype=dw_TK.dtype)
+                dw += dy @ down_bias_ED[expert]
             dw_TK.view(-1)[slot_S[rows]] = dw
         if ddown is not None:
             torch.mm(dy.T, a.mul_(weight), out=ddown[expert])

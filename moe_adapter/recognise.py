@@ -16,8 +16,12 @@ from moe_adapter.activations import activation_name
 from moe_adapter.dense import Maps
 from moe_adapter.ffn import FeedForward, is_linear
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
 
 
 def computes_ffn(module: nn.Module, ffn: FeedForward) -> bool:
@@ -38,14 +42,19 @@ def plain_maps(module: nn.Module, gate_name: str | None, up_name: str, down_name
 
     That is: a hook, a forward of its own (as accelerate's offloading sets), a LoRA or quantised map, sharded weights.
     """
-    if any(getattr(global_hooks, name) for name in _GLOBAL_HOOKS) or _is_hooked(module):
+    parts = (None if name is None else _part(module, name) for name in (gate_name, up_name, down_name))
+    gate, up, down = parts
+    if _is_hooked(module) or not all(part is None or _is_plain(part) for part in (gate, up, down)):
         return None
-    up, down = module.get_submodule(up_name), module.get_submodule(down_name)
-    gate = module.get_submodule(gate_name) if gate_name else None
-    if not all(part is None or _is_plain(part) for part in (gate, up, down)):
+    if any(getattr(global_hooks, name) for name in _GLOBAL_HOOKS):
         return None
-    weights = (None if gate is None else gate.weight, up.weight, down.weight)
+    weights = (None if gate is None else gate.weight, up.weight, down.weight)  # pyright: ignore
     return Maps(*weights, None if gate is None else gate.bias, up.bias, down.bias)  # pyright: ignore
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    """`get_submodule`, of which a decoding layer asks too much."""
+    return module._modules[name] if name in module._modules else module.get_submodule(name)  # pyright: ignore
 
 
 def _is_plain(part: nn.Module) -> bool:
@@ -53,7 +62,14 @@ def _is_plain(part: nn.Module) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or any(module.__dict__[name] for name in _HOOKS)
+    own = module.__dict__
+    return bool(
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+    )
 
 
 class _Tracer(fx.Tracer):
