@@ -76,7 +76,7 @@ def run(seconds: float, figure: Path, *, toy: bool) -> str:
         )
     )
     add(_memory(large, small, dtypes, device))
-    add(_rest(small, like, ["auto", "grouped_mm", "eager"], seconds, toy=toy))
+    add(_rest(small, like, ["auto", "grouped_mm", "eager"], seconds))
     sweeps = _sweeps(fine, like, backends, seconds / 4, toy=toy)
     page.scaling_figure(sweeps, figure)
     image = f"![Training step over the ideal]({figure.name})"
@@ -94,9 +94,9 @@ def _memory(large: Shape, small: Shape, dtypes: tuple[torch.dtype, ...], device:
     return "\n".join(lines) + "\n"
 
 
-def _rest(small: Shape, like: torch.Tensor, backends: list[str], seconds: float, *, toy: bool) -> str:
+def _rest(small: Shape, like: torch.Tensor, backends: list[str], seconds: float) -> str:
     share = measure.router_share(small, like, seconds)
-    steps = measure.model_step_times(like, backends, seconds, tokens=64 if toy else 512, toy=toy)
+    steps = measure.model_step_times(small.of(tokens=min(small.tokens, 512)), like, backends, seconds)
     unit = steps["auto"].median
     cells = ", ".join(f"{name} {time.median / unit:.2f} ± {time.spread / unit:.2f}" for name, time in steps.items())
     return (

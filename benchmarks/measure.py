@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import gate, ideal
 from benchmarks.shapes import Shape
 from benchmarks.subjects import PeerLayer, our_layer, peer_experts, peers
 from benchmarks.timing import Time, interleaved
-from moe_adapter import DualPathMoE
+from moe_adapter import DualPathMoE, inject_dual_path_moe, set_stage
+from moe_adapter.backends import run_backend
 
 Times = dict[str, Time]
 IDEAL, GEMMS = "ideal (dense)", "its products alone"
@@ -88,35 +90,27 @@ def router_share(shape: Shape, like: Tensor, seconds: float) -> float:
     return times["router"].median / times["layer"].median
 
 
-def model_step_times(like: Tensor, backends: list[str], seconds: float, *, tokens: int, toy: bool) -> Times:
-    """A training step of a small language model, by backend."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from moe_adapter import inject_dual_path_moe, set_stage
-
-    sizes = (64, 160) if toy else (896, 4864)
+def model_step_times(shape: Shape, like: Tensor, backends: list[str], seconds: float) -> Times:
+    """A training step of a two-layer Qwen2 of the layer's widths, by backend."""
     config = Qwen2Config(
-        hidden_size=sizes[0],
-        intermediate_size=sizes[1],
+        hidden_size=shape.hidden,
+        intermediate_size=shape.static,
         num_hidden_layers=2,
-        num_attention_heads=sizes[0] // 32,
+        num_attention_heads=shape.hidden // 32,
         num_key_value_heads=2,
         vocab_size=512,
     )
-    ids = torch.randint(0, 512, (2, tokens // 2), device=like.device)
+    sizes = dict(num_experts=shape.experts, top_k=shape.top_k, expert_dim=shape.expert, shared_expert_dim=shape.shared)
+    ids = torch.randint(0, 512, (2, shape.tokens // 2), device=like.device)
     calls = {}
     for backend in backends:
-        torch.manual_seed(0)
         model = Qwen2ForCausalLM(config).to(like.device, like.dtype)
-        inject_dual_path_moe(model, expert_dim=0.075, shared_expert_dim=0.3, backend=backend)
-        set_stage(model, 1)
+        set_stage(inject_dual_path_moe(model, backend=backend, **sizes), 1)
         calls[backend] = lambda model=model: model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return interleaved(calls, seconds=seconds)
 
 
 def _with_backend(layer: DualPathMoE, backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from moe_adapter.backends import run_backend
-
     return lambda x, index, weights: run_backend(backend, layer.experts, x, index, weights)
 
 

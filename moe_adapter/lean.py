@@ -10,6 +10,7 @@ number of slots, T·K; R the rows of the first projection, 2F gated or F.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from moe_adapter.activations import activate, activate_backward
 from moe_adapter.dense import fastest, refuse_second_derivative
+
+FEW = 16  # slots
 
 
 def lean(experts, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -128,12 +131,14 @@ def _combine(y_SD: Tensor, slot_S: Tensor, index_TK: Tensor) -> Tensor:
 def _groups(index_TK: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, slice]]]:
     """Slots ordered by expert, and which of them each expert has that has any."""
     flat = index_TK.reshape(-1)
-    groups, start = [], 0
-    for expert, count in enumerate(torch.bincount(flat, minlength=experts).tolist()):
-        if count:
-            groups.append((expert, slice(start, start + count)))
-        start += count
-    return flat.argsort(stable=True), groups
+    if len(flat) <= FEW and flat.device.type == "cpu":  # as in decoding, where three operators cost more than this
+        chosen = flat.tolist()
+        order = torch.tensor(sorted(range(len(chosen)), key=chosen.__getitem__), dtype=flat.dtype)
+        counts = [chosen.count(expert) for expert in range(experts)]
+    else:
+        order, counts = flat.argsort(stable=True), torch.bincount(flat, minlength=experts).tolist()
+    ends = itertools.accumulate(counts)
+    return order, [(expert, slice(end - n, end)) for expert, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
 
 
 def _gate_and_up(h: Tensor, gated: bool) -> tuple[Tensor | None, Tensor]:
