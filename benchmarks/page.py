@@ -16,6 +16,7 @@ import transformers
 
 from benchmarks.measure import GEMMS, IDEAL, Times
 
+MARKERS = "osD^vPX*"
 METHOD = """Each table is one run in which all subjects take turns, round by round; a cell is the median of its rounds
 over the ideal's median, ± the distance between its quartiles. *Ideal (dense)* is the frozen static FFN and one
 trainable dense FFN with the multiply-adds of the shared expert and the K chosen experts, asserted equal to the layer's;
@@ -74,18 +75,22 @@ def subjects(columns: Iterable[Times]) -> list[str]:
 
 def scaling_figure(sweeps: dict[str, dict[int, Times]], path: Path) -> None:
     """The routed part over the ideal as tokens, experts and top-k grow, one panel each."""
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(3.4 * len(sweeps), 3.0), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(sweeps), figsize=(3.4 * len(sweeps), 3.4), sharey=True, squeeze=False)
+    names = subjects(times for sweep in sweeps.values() for times in sweep.values())
+    styles = {name: dict(marker=MARKERS[index], color=f"C{index}") for index, name in enumerate(names)}
     for ax, (what, sweep) in zip(axes[0], sweeps.items(), strict=True):
-        for marker, name in zip("osD^v", subjects(sweep.values()), strict=False):
+        for name in names:
             points = [(value, ratios(times)[name][0]) for value, times in sweep.items() if name in times]
-            ax.plot(*zip(*points, strict=True), marker=marker, label=name)
+            ax.plot([x for x, _ in points], [y for _, y in points], label=name, **styles[name])
         ax.axhline(1, color="0.6", linewidth=0.8)
         ax.set(xscale="log", yscale="log", xlabel=what)
         ax.set_xticks(list(sweep), [str(value) for value in sweep], minor=False)
         ax.minorticks_off()
-    axes[0][0].set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    ticks = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    axes[0][0].set_yticks(ticks, [str(tick) for tick in ticks])
     axes[0][0].set_ylabel("training step ÷ ideal")
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=8, ncol=len(names), loc="upper center")
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -184,6 +184,8 @@ class DualPathMoE(KeepsFloat32):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, maps = x.to(dtype), maps.to(dtype)
+        if torch.is_grad_enabled() and not any(t is not None and t.requires_grad for t in (x, *maps)):
+            return None  # in the first block: from its output, the factor's gradient is a sum and no product
         if any(t is not None and (t.dtype != x.dtype or t.device != x.device) for t in maps):
             return None
         x_TD = x.reshape(-1, x.shape[-1])
