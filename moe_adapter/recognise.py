@@ -73,7 +73,10 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Keeps linear maps and the activation whole."""
+    """Keeps linear maps and the activation whole.
+
+    Stricter than `trace.trace`: a branch on values is an error, since here a part of the forward may not stand for all.
+    """
 
     def __init__(self, activation: Any):
         super().__init__(autowrap_functions=() if isinstance(activation, nn.Module) else (activation,))
