@@ -14,10 +14,16 @@ from moe_adapter.errors import MoEAdapterError
 ExpertInit = Literal["normal", "ffn_slice"]
 Mixing = Literal["scalar", "token"]
 RouterSoftmax = Literal["selected", "all"]
+BalanceScope = Literal["micro", "global"]
 
 LARGEST_SHARE = 8  # of the host's FFN; a larger float is meant as a width, such as the 12.0 of intermediate_size / 4
 
-_CHOICES = {"expert_init": ExpertInit, "mixing": Mixing, "router_softmax": RouterSoftmax}
+_CHOICES = {
+    "expert_init": ExpertInit,
+    "mixing": Mixing,
+    "router_softmax": RouterSoftmax,
+    "balance_scope": BalanceScope,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,8 @@ class DualPathConfig:
         alpha_init, lam_init: start values of α and λ in equation (3), each inside (0, 1).
         preserve_base: start as the base model exactly: output projections at zero, static path scaled by 1/α₀.
         balance_coef: γ of equation (9).
+        balance_scope: F of equation (6) over one "micro"-batch, as in the paper, or "global": over all data-parallel
+            ranks and the micro-batches of the step so far.
         mixing: "scalar" for the paper's α and λ, "token" for the released code's per-token coefficients.
         router_softmax: equation (4) over the "selected" logits, or the released code's over "all".
         backend: name of the routed experts' implementation, see `moe_adapter.backends`.
@@ -53,6 +61,7 @@ class DualPathConfig:
     lam_init: float = 0.5
     preserve_base: bool = True
     balance_coef: float = 1e-3
+    balance_scope: BalanceScope = "micro"
     mixing: Mixing = "scalar"
     router_softmax: RouterSoftmax = "selected"
     backend: str = "auto"

@@ -20,6 +20,7 @@ from moe_adapter.lora import COPIES, active_loras, lora_parameters, plain_name, 
 from moe_adapter.objective import AddBalanceLoss, dual_path_layers
 from moe_adapter.offload import execution_device
 from moe_adapter.plan import Plan, check_module
+from moe_adapter.precision import FollowMasters
 from moe_adapter.routing import ClosePass, OpenPass, RequireInputGradient
 
 STATE = "_moe_adapter"  # attribute of the injected model that holds its Injection
@@ -43,6 +44,10 @@ class Injection:
     own_loras: tuple[str, ...] = ()  # those that answered before
     required_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before
     hooks: list[Any] = field(default_factory=list)
+    objective: AddBalanceLoss = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.objective = AddBalanceLoss(self.config.balance_coef)
 
     @property
     def config(self) -> DualPathConfig:
@@ -63,7 +68,7 @@ def attach(owner: nn.Module, injection: Injection) -> None:
         swaps[layer.static_expert] = layer
     _rewire(owner, swaps)
     _swap_base_values(owner, injection)
-    injection.hooks = _add_hooks(owner, injection.plan, injection.layers)
+    injection.hooks = _add_hooks(owner, injection)
     setattr(owner, STATE, injection)
 
 
@@ -206,13 +211,15 @@ def _rewire(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
                 parent._modules[name] = swaps[child]
 
 
-def _add_hooks(model: nn.Module, plan: Plan, layers: list[DualPathMoE]) -> list[Any]:
-    hooks = []
+def _add_hooks(model: nn.Module, injection: Injection) -> list[Any]:
+    hooks, plan, layers = [], injection.plan, injection.layers
     stacks: dict[str, list[DualPathMoE]] = defaultdict(list)
     for site, layer in zip(plan.sites, layers, strict=True):
         stacks[site.stack].append(layer)
     for name, members in stacks.items():
         stack, logs = model.get_submodule(name), [layer.routing for layer in members]
+        parts = [part for layer in members for part in (layer, layer.router) if part is not None]
+        hooks.append(stack.register_forward_pre_hook(FollowMasters(parts)))
         hooks.append(stack.register_forward_pre_hook(OpenPass(stack, logs), with_kwargs=True))
         hooks.append(stack.register_forward_hook(ClosePass(logs), always_call=True))
     for site, layer in zip(plan.sites, layers, strict=True):
@@ -220,8 +227,7 @@ def _add_hooks(model: nn.Module, plan: Plan, layers: list[DualPathMoE]) -> list[
             hooks.append(site.root.get_submodule(site.ffn.up).register_forward_pre_hook(CatchInput(layer)))
     hooks.extend(_block(model, site).register_forward_pre_hook(RequireInputGradient()) for site in plan.sites)
     if plan.config.balance_coef and plan.config.num_experts:
-        hook = AddBalanceLoss(plan.config.balance_coef)
-        hooks.append(model.register_forward_hook(hook, with_kwargs=True))
+        hooks.append(model.register_forward_hook(injection.objective, with_kwargs=True))
     return hooks
 
 

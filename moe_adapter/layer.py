@@ -64,12 +64,12 @@ class DualPathMoE(KeepsFloat32):
     @property
     def alpha(self) -> torch.Tensor:
         """α = sigmoid(alpha_logit), shape (1,), in (0, 1): the static path's share."""
-        return torch.sigmoid(self.alpha_logit)  # pyright: ignore
+        return torch.sigmoid(self.precise("alpha_logit"))
 
     @property
     def lam(self) -> torch.Tensor:
         """λ = sigmoid(lam_logit), shape (1,), in (0, 1): the shared expert's weight."""
-        return torch.sigmoid(self.lam_logit)  # pyright: ignore
+        return torch.sigmoid(self.precise("lam_logit"))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -123,7 +123,7 @@ class DualPathMoE(KeepsFloat32):
         if self.coefficient is not None:
             share = self.coefficient(x).to(dtype).softmax(dim=-1)
             return share[..., 1:] * self.static_scale, share[..., :1]
-        alpha = torch.sigmoid(self.alpha_logit.to(dtype))  # pyright: ignore
+        alpha = torch.sigmoid(self.precise("alpha_logit").to(dtype))
         return alpha * self.static_scale, 1 - alpha
 
     def _static(self, x, factor, args, kwargs) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None]:
@@ -158,7 +158,7 @@ class DualPathMoE(KeepsFloat32):
 
     def _shared(self, x: torch.Tensor, inner: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """(1 − α)·λ·S(X), shape of X."""
-        gate = self.lam_logit if self.shared_expert_gate is None else self.shared_expert_gate(x)
+        gate = self.precise("lam_logit") if self.shared_expert_gate is None else self.shared_expert_gate(x)
         factor = factor * torch.sigmoid(gate.to(factor.dtype))  # pyright: ignore
         maps = plain_maps(self.shared_expert, "gate_proj" if self.ffn.gated else None, "up_proj", "down_proj")  # pyright: ignore
         y = self._fused(inner, factor, maps) if maps else None

@@ -25,12 +25,17 @@ class RouterCall(NamedTuple):
 
 def routed_fraction(calls: Sequence[RouterCall]) -> torch.Tensor:
     """Equation (6): F_e = (1/|B|)·Σ_t 1[t is routed to e], shape (E,), sums to k; carries no gradient."""
+    return routed_counts(calls) / real_tokens(calls)
+
+
+def routed_counts(calls: Sequence[RouterCall]) -> torch.Tensor:
+    """Σ_t 1[t is routed to e] over real tokens, shape (E,)."""
     first = calls[0].logits_TE
     counts_E = first.new_zeros(first.shape[-1])
     for _, index_TK, mask_T in calls:
         real_T = counts_E.new_ones(len(index_TK)) if mask_T is None else mask_T.to(counts_E.dtype)
         counts_E.index_add_(0, index_TK.flatten(), real_T.repeat_interleave(index_TK.shape[1]))
-    return counts_E / _tokens(calls)
+    return counts_E
 
 
 def mean_probability(calls: Sequence[RouterCall], tokens: int | torch.Tensor) -> torch.Tensor:
@@ -44,14 +49,20 @@ def mean_probability(calls: Sequence[RouterCall], tokens: int | torch.Tensor) ->
     return total_E / tokens
 
 
-def layer_balance_loss(calls: Sequence[RouterCall], part: Sequence[RouterCall] | None = None) -> torch.Tensor:
+def layer_balance_loss(
+    calls: Sequence[RouterCall],
+    part: Sequence[RouterCall] | None = None,
+    fraction_E: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Equation (8): L_bal = Σ_e F_e·G_e of one layer; k/E at perfect balance, 0 without tokens.
 
-    The loss is additive in G: `part` asks for what some of the layer's calls contribute to it.
+    The loss is additive in G: `part` asks for what some of the layer's calls contribute to it. `fraction_E` is an F
+    over more than these calls.
     """
-    with torch.no_grad():
-        fraction_E = routed_fraction(calls)
-    return (fraction_E * mean_probability(calls if part is None else part, _tokens(calls))).sum()
+    if fraction_E is None:
+        with torch.no_grad():
+            fraction_E = routed_fraction(calls)
+    return (fraction_E * mean_probability(calls if part is None else part, real_tokens(calls))).sum()
 
 
 def total_loss(ar_loss: torch.Tensor, balance: torch.Tensor, balance_coef: float) -> torch.Tensor:
@@ -59,7 +70,7 @@ def total_loss(ar_loss: torch.Tensor, balance: torch.Tensor, balance_coef: float
     return ar_loss + (balance_coef * balance).to(ar_loss.device, ar_loss.dtype)
 
 
-def _tokens(calls: Sequence[RouterCall]) -> int | torch.Tensor:
+def real_tokens(calls: Sequence[RouterCall]) -> int | torch.Tensor:
     """|B|, at least 1, so that a batch of nothing but padding has the loss 0."""
     tokens: Any = 0
     for _, index_TK, mask_T in calls:

@@ -13,6 +13,9 @@ from moe_adapter.errors import MoEAdapterError
 from moe_adapter.layer import DualPathMoE
 from moe_adapter.losses import IGNORED_LABEL, total_loss
 from moe_adapter.plan import check_module
+from moe_adapter.precision import has_master
+
+HALF = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,7 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
     """L_bal of the model's last forward pass, before γ: the mean of equation (8) over the layers that ran.
 
     A scalar with gradient, also under gradient checkpointing, reentrant or not; 0 for a model without routed experts.
+    With balance_scope="global" a collective of all ranks, once a pass.
 
     Raises:
         MoEAdapterError: no model, one without dual-path layers, or none of them has run yet.
@@ -42,15 +46,23 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
     ran = [layer for layer in routed if layer.routing.calls]
     if not ran:
         raise MoEAdapterError("no dual-path layer has run yet: balance_loss(model) reads the last forward pass.")
+    if ran[0].config.balance_scope == "global":
+        from moe_adapter.balance_scope import widen_fractions
+
+        widen_fractions([layer.routing for layer in ran])
     losses = [layer.routing.balance_loss(layer.router.weight) for layer in ran]  # pyright: ignore
     return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
 
 
 class AddBalanceLoss:
-    """Forward hook of the injected model: in training mode its loss becomes L_ar + γ·L_bal, equation (9)."""
+    """Forward hook of the injected model: in training mode its loss becomes L_ar + γ·L_bal, equation (9).
+
+    While `kept` is a list, what computes the loss adds L_bal itself: it is put there, and the output left as it is.
+    """
 
     def __init__(self, balance_coef: float):
         self.balance_coef = balance_coef
+        self.kept: list[torch.Tensor] | None = None
         self._said: set[str] = set()
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -62,15 +74,26 @@ class AddBalanceLoss:
         layers = dual_path_layers(model).values()
         if not model.training or not any(layer.routing.calls for layer in layers):
             return output
-        loss = _loss_of(output)
-        if loss is None:
-            if torch.is_grad_enabled() and any(layer.router.weight.requires_grad for layer in layers if layer.router):
-                self._say_once(NO_LOSS)
+        if self.kept is not None:
+            if torch.is_grad_enabled():
+                self.kept.append(balance_loss(model))
             return output
-        if loss.requires_grad and not any(p.requires_grad for layer in layers for p in layer.new_parameters().values()):
-            self._say_once(ALL_FROZEN)
-        share = _step_share(model, kwargs)
+        loss = _loss_of(output)
+        self._warn(kwargs, loss, [p for layer in layers for p in layer.new_parameters().values()])
+        if loss is None:
+            return output
+        share = step_share(model, kwargs)
         return _with_loss(output, loss, total_loss(loss, share * balance_loss(model), self.balance_coef))
+
+    def _warn(self, kwargs: dict[str, Any], loss: torch.Tensor | None, parameters: list[nn.Parameter]) -> None:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        own_loss = loss is None or kwargs.get("fused_lm_head")  # so TRL asks for the log-probabilities alone
+        if own_loss and trained and torch.is_grad_enabled():
+            self._say_once(NO_LOSS)
+        if loss is not None and loss.requires_grad and not trained:
+            self._say_once(ALL_FROZEN)
+        if torch.is_grad_enabled() and any(p.dtype in HALF and not has_master(p) for p in trained):
+            self._say_once(NO_MASTERS)
 
     def _say_once(self, message: str) -> None:
         if message not in self._said and not torch.compiler.is_compiling():
@@ -79,9 +102,14 @@ class AddBalanceLoss:
 
 
 NO_LOSS = (
-    "the injected model ran in training mode and its output holds no loss, so γ·L_bal was not added. If you compute "
-    "the loss yourself (label smoothing, compute_loss_func, a loss on the logits), add it there: "
-    "loss = loss + γ·moe_adapter.balance_loss(model)."
+    "the injected model ran in training mode and what is trained is not the loss in its output, so γ·L_bal was not "
+    "added. If you compute the loss yourself (label smoothing, compute_loss_func, a loss on the logits), add it there: "
+    "loss = loss + γ·moe_adapter.balance_loss(model); under a Trainer moe_adapter.integrations.trainer does it."
+)
+NO_MASTERS = (
+    "the MoE blocks train in half precision without float32 masters, which loses most of the small steps: at a rate of "
+    "2e-5 most weights never move. Make what trains float32 (for p in model.parameters(): if p.requires_grad: "
+    "p.data = p.data.float()) and train under autocast, as bf16=True of a Trainer does, or under DeepSpeed's bf16."
 )
 ALL_FROZEN = (
     "the model trains while its MoE blocks are frozen: get_peft_model freezes all but the LoRA. Call "
@@ -118,7 +146,7 @@ def _with_loss(output: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
     return output
 
 
-def _step_share(model: nn.Module, inputs: dict[str, Any]) -> float:
+def step_share(model: nn.Module, inputs: dict[str, Any]) -> float:
     """This micro-batch's share of `num_items_in_batch`, counted as transformers' Trainer counts; 1 without it."""
     items, labels = inputs.get("num_items_in_batch"), inputs.get("shift_labels")
     if labels is None and (labels := inputs.get("labels")) is not None and _shifts_labels(model):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+
+from moe_adapter.sharding import whole
 
 WIDE = (torch.float32, torch.float64)
 
@@ -13,14 +16,71 @@ WIDE = (torch.float32, torch.float64)
 class KeepsFloat32(nn.Module):
     """A module whose own parameters follow `.to(device)` but are never cast below float32.
 
-    In bfloat16 a router's top-k flips, and a scalar at 0.5 swallows a step of 2e-5.
+    In bfloat16 a router's top-k flips, and a scalar at 0.5 swallows a step of 2e-5. DeepSpeed's bf16 and fp16 engines
+    cast them nevertheless and train a float32 master of each; there `precise` is the master's value.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._masters: dict[str, torch.Tensor] = {}  # of parameters that an engine has cast, as they last were
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         if recurse:
             for child in self.children():
                 child._apply(fn)
         return super()._apply(_keep_wide(fn), recurse=False)
+
+    def precise(self, name: str) -> torch.Tensor:
+        """The own parameter `name` in float32 at least: its master's value where an engine has cast it.
+
+        The gradient goes to the parameter.
+        """
+        parameter = getattr(self, name)
+        value = parameter.to(wide(parameter.dtype))
+        if name not in self._masters:
+            return value
+        return value + (self._masters[name].to(value.device) - value.detach())
+
+    def settled(self, name: str) -> torch.Tensor:
+        """The own parameter `name` between steps, whole and as it was trained; a collective where it is spread."""
+        parameter = getattr(self, name)
+        master = None if parameter.dtype in WIDE else float32_master(parameter)
+        return whole(parameter) if master is None else master
+
+    def follow_masters(self) -> None:
+        """Look the masters of cast parameters up; under DeepSpeed a collective of all ranks."""
+        for name, parameter in self._parameters.items():
+            master = None if parameter is None or parameter.dtype in WIDE else float32_master(parameter)
+            if master is None:
+                self._masters.pop(name, None)
+            else:
+                self._masters[name] = master
+
+
+class FollowMasters:
+    """Forward pre-hook of the module that runs the blocks: in training its layers see what the last step changed."""
+
+    def __init__(self, parts: Sequence[KeepsFloat32]):
+        self.parts = parts
+
+    def __call__(self, stack: nn.Module, args: tuple) -> None:
+        if stack.training and "deepspeed" in sys.modules and not torch.compiler.is_compiling():
+            for part in self.parts:
+                part.follow_masters()
+
+
+def float32_master(parameter: nn.Parameter) -> torch.Tensor | None:
+    """The float32 value that DeepSpeed trains for a parameter it has cast, on every rank; None without one."""
+    if not has_master(parameter):
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def has_master(parameter: nn.Parameter) -> bool:
+    """Whether a DeepSpeed engine trains this parameter, by attributes that ZeRO-3, and the other stages, give it."""
+    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

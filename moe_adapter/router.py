@@ -29,7 +29,7 @@ class Router(KeepsFloat32):
         """
         dtype = wide(x_TD.dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            logits_TE = F.linear(x_TD.to(dtype), self.precise("weight").to(dtype))
             if self.softmax == "selected":
                 top_TK, index_TK = logits_TE.topk(self.top_k, dim=-1)
                 weights_TK = top_TK.softmax(dim=-1)

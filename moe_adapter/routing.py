@@ -26,12 +26,16 @@ from moe_adapter.masks import given_mask, token_mask
 
 
 class ForwardPass:
-    """One pass through a stack of blocks: its mask, and each layer's calls and gradient of its balance loss."""
+    """One pass through a stack of blocks: its mask, and each layer's calls and gradient of its balance loss.
+
+    `fractions` holds each layer's F of equation (6) where it is taken over more than this pass.
+    """
 
     def __init__(self, mask: Any = None, *, is_open: bool):
         self.mask = mask
         self.is_open = is_open
         self.calls: dict[RoutingLog, list[RouterCall]] = {}
+        self.fractions: dict[RoutingLog, torch.Tensor] = {}
         self.gradients: dict[RoutingLog, torch.Tensor] = {}
         self.recomputed: dict[RoutingLog, int] = {}
 
@@ -87,7 +91,7 @@ class RoutingLog:
 
     def balance_loss(self, anchor: torch.Tensor) -> torch.Tensor:
         """Equation (8) of the last pass, with gradient if `anchor`, the router's weight, is to have one."""
-        loss = layer_balance_loss(self.calls)
+        loss = layer_balance_loss(self.calls, fraction_E=self.last.fractions.get(self) if self.last else None)
         if loss.requires_grad or not (torch.is_grad_enabled() and anchor.requires_grad):
             return loss
         return _Bridge.apply(loss, anchor, self.last, self)  # pyright: ignore
@@ -102,7 +106,7 @@ class RoutingLog:
             if done < len(source.calls[self]):
                 source.recomputed[self] = done + 1
                 call = call._replace(mask_T=token_mask(source.mask, shape))
-                part = layer_balance_loss(source.calls[self], [call])
+                part = layer_balance_loss(source.calls[self], [call], source.fractions.get(self))
                 return _Attach.apply(y_TD, part, source.gradients[self])  # pyright: ignore
         return y_TD
 

@@ -1,0 +1,43 @@
+"""Data-parallel engines, on two real processes: after 20 steps they hold what one process has that accumulates."""
+
+from __future__ import annotations
+
+import pytest
+from distributed import run_ranks
+from engines import ENGINES, RANKS, train, train_all
+
+CASES = ("uneven", "disjoint", "padding")
+SAMPLE = [dict(stage=1, case="uneven"), dict(stage=2, case="disjoint"), dict(stage=1, case="padding")]
+MATRIX = [dict(stage=stage, case=case, accumulation=2) for stage in (1, 2) for case in CASES]
+OWN_LOSS = dict(stage=1, case="uneven", mixin=True, arguments=dict(label_smoothing_factor=0.1))
+BF16 = [dict(stage=stage, case="uneven", bf16=True) for stage in (1, 2)]
+
+
+def check(engine: str, runs: list[dict], tolerance: float) -> None:
+    """Each rank's movement of each parameter against that of one process, by norm."""
+    expected = [train(engine, **run) for run in runs]
+    found = run_ranks(RANKS, train_all, timeout=400, engine=engine, runs=runs)
+    for i, reference in enumerate(expected):
+        for rank in range(RANKS):
+            assert found[rank][i].keys() == reference.keys()
+            for name, value in reference.items():
+                error = (found[rank][i][name] - value).norm() / value.norm()
+                assert error < tolerance, f"{runs[i]}, rank {rank}, {name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_equals_one_process(engine):
+    check(engine, [*SAMPLE, OWN_LOSS] if engine == "ddp" else SAMPLE, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_equals_one_process_in_every_case(engine):
+    check(engine, [*MATRIX, OWN_LOSS], 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16_with_float32_masters(engine):
+    """DeepSpeed casts the frozen base and the passes' weights, autocast the products alone: they round otherwise."""
+    check(engine, BF16, 0.3 if engine.startswith("zero") else 1e-3)
