@@ -35,19 +35,19 @@ def interleaved(calls: dict[str, Callable[[], object]], *, seconds: float, round
 
 def _once(call: Callable[[], object]) -> float:
     """One call; a short one is repeated for LONG_ENOUGH after one that warms the caches."""
-    started = _now()
+    started = now()
     call()
-    first = _now() - started
+    first = now() - started
     if first > LONG_ENOUGH:
         return first
-    started, count = _now(), 0
-    while count == 0 or _now() - started < LONG_ENOUGH:
+    started, count = now(), 0
+    while count == 0 or now() - started < LONG_ENOUGH:
         call()
         count += 1
-    return (_now() - started) / count
+    return (now() - started) / count
 
 
-def _now() -> float:
+def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
