@@ -59,10 +59,10 @@ def figure5(
     names = [(titles or {}).get(name, name) for name in panels]
     series = {name: look for name, look in SERIES.items() if _heights(load, name).any()}
     with style.style(names):
-        figure, axes = _grid(len(panels), width_mm, sharey=share)
+        figure, axes = panel_grid(len(panels), width_mm, sharey=share)
         for number, (ax, name, counts) in enumerate(zip(axes, names, panels.values(), strict=True)):
             _draw_panel(ax, {label: counts[label] for label in series}, share)
-            ax.set_title(f"({_letter(number)}) {name}")
+            ax.set_title(f"({letter(number)}) {name}")
         figure.supxlabel("expert" if layer is None else f"expert of layer {layer}", fontsize="medium")
         figure.supylabel("routed tokens (%)" if share else "routed tokens", fontsize="medium")
         handles, labels = axes[0].get_legend_handles_labels()
@@ -94,7 +94,7 @@ def _panels(record: RoutingRecord, load: ExpertLoad, groups: Sequence[str] | Non
     return panels
 
 
-def _grid(panels: int, width_mm: float, *, sharey: bool) -> tuple[Figure, list[Axes]]:
+def panel_grid(panels: int, width_mm: float, *, sharey: bool) -> tuple[Figure, list[Axes]]:
     """A figure with as many panels, as even rows of them as the width allows."""
     fit = max(1, round(width_mm / PANEL_MM[0]))
     rows = math.ceil(panels / fit)
@@ -125,7 +125,7 @@ def _draw_panel(ax: Axes, counts: dict[str, np.ndarray], share: bool) -> None:
     ax.margins(x=0.02)
 
 
-def _letter(number: int) -> str:
+def letter(number: int) -> str:
     """a, b, …, z, aa, ab, …"""
     more, last = divmod(number, len(string.ascii_lowercase))
-    return (_letter(more - 1) if more else "") + string.ascii_lowercase[last]
+    return (letter(more - 1) if more else "") + string.ascii_lowercase[last]

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -48,35 +49,56 @@ def record_routing(
 
     The file appears when the block ends without an error and has recorded something. At most `row_group_rows` rows
     wait in memory. torch.compile is off inside the block. Each process of a distributed run records what it sees
-    itself, to a path of its own.
+    itself, to a path of its own; `RoutingRecord.open([…])` reads the paths as one record. A sampler that repeats
+    cases to fill the last batch makes those count twice.
 
     Args:
         cases: ids of the sequences in the order in which the model meets them, as in a Trainer's evaluation.
-            Else name each batch with `record.batch`; sequences without a name are numbered "0", "1", ….
+            Else name each batch with `record.batch`; sequences without a name are numbered "0", "1", …, in
+            a distributed run "rank:number".
         groups: the group of each case id (an organ, a hospital, …); "all" without it.
 
     Raises:
         MoEAdapterError: the model has no router, a sequence has no name or no group, or nothing was recorded.
     """
     blocks = find_routers(model)
-    recorder = RoutingRecorder(model, blocks, Path(path), SequenceNames(cases, groups), row_group_rows)
+    writer = RoutingWriter(Path(path), row_group_rows=row_group_rows)
     try:
-        with torch.compiler.set_stance("force_eager"), recorder.watch:  # compiled code skips hooks
+        recorder = RoutingRecorder(model, blocks, writer, SequenceNames(cases, groups))
+        with recorder.watch():
             yield recorder
-        recorder.close()
+        writer.close(recorder.facts(cases=len(writer.cases)))
     except BaseException:
-        recorder.writer.discard()
+        writer.discard()
         raise
+    recorder.names.check_all_met()
+
+
+class Writer(Protocol):
+    """What takes the tokens: `RoutingWriter`, or `RoutingTally` where they are only counted."""
+
+    groups: dict[str, int]
+    tokens: int
+
+    def codes(self, named: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def append(self, routed: RoutedTokens) -> None: ...
 
 
 class RoutingRecorder:
-    """What `record_routing` yields: names the sequences of each batch."""
+    """What `record_routing` yields: names the sequences of each batch, and hands their tokens to a writer."""
 
     def __init__(
-        self, model: nn.Module, blocks: list[RoutedBlock], path: Path, names: SequenceNames, row_group_rows: int
+        self,
+        model: nn.Module,
+        blocks: list[RoutedBlock],
+        writer: Writer,
+        names: SequenceNames,
+        training: bool | None = None,
     ):
+        self._model = model
         self._blocks = blocks
-        self._names = names
+        self._training = training
         self._sizes: dict[int, tuple[int, int]] = {}  # layer: (num_experts, top_k)
         configs = [module.config for module in model.modules() if hasattr(module, "config")]
         self._model_name = getattr(configs[0], "name_or_path", "") if configs else ""
@@ -84,8 +106,9 @@ class RoutingRecorder:
             next((value for c in configs if (value := getattr(c, name, None)) is not None), None)
             for name in ("image_token_id", "video_token_id")
         )
-        self.watch = ForwardWatch(model, blocks, self._on_forward)
-        self.writer = RoutingWriter(path, row_group_rows=row_group_rows)
+        self._watch = ForwardWatch(model, blocks, self._on_forward)
+        self.writer = writer
+        self.names = names
 
     def batch(self, *, case_ids: Sequence[str], groups: Sequence[str] | None = None) -> None:
         """Name the sequences of the next forward or generate; steps that go on from its cache keep the names.
@@ -97,26 +120,37 @@ class RoutingRecorder:
         Raises:
             MoEAdapterError: the lengths differ.
         """
-        self._names.give(case_ids, groups)
+        self.names.give(case_ids, groups)
 
-    def close(self) -> None:
-        """Write the record's facts and put the file in its place."""
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """While entered, what the model does is recorded."""
+        with torch.compiler.set_stance("force_eager"), self._watch:  # compiled code skips hooks
+            yield
+
+    def facts(self, *, cases: int, aggregated: bool = False) -> RecordFacts:
+        """What has been recorded so far.
+
+        Raises:
+            MoEAdapterError: nothing.
+        """
         if not self.writer.tokens:
             raise MoEAdapterError(
                 "nothing was recorded: no router saw a token that is not padding. Run the model inside the block, "
                 "with its dual-path layers enabled."
             )
-        facts = RecordFacts(
-            model=self._model_name or type(next(iter(self.watch.sources))).__name__,
+        return RecordFacts(
+            model=self._model_name or type(next(iter(self._watch.sources))).__name__,
             layers=tuple(block.facts(*self._sizes.get(i, (0, 0))) for i, block in enumerate(self._blocks)),
             groups=tuple(self.writer.groups),
-            cases=len(self.writer.cases),
+            cases=cases,
             tokens=self.writer.tokens,
+            aggregated=aggregated,
         )
-        self.writer.close(facts)
-        self._names.check_all_met()
 
     def _on_forward(self, forward: Forward, calls: list[RouterCall]) -> None:
+        if self._training is not None and self._model.training != self._training:
+            return
         batch, columns = forward.shape
         for call in calls:
             if len(call.index_TK) != batch * columns:
@@ -125,7 +159,7 @@ class RoutingRecorder:
                     f"was given {batch} × {columns}; only routers that see every token can be recorded."
                 )
             self._sizes[call.layer] = (call.num_experts, call.index_TK.shape[-1])
-        case_B, group_B = self._codes(forward)
+        case_B, group_B = self.writer.codes(self.names.of(forward))
         facts = describe_tokens(forward, self._image_id, self._video_id)
         keep_T = facts.keep_BS.reshape(-1)
         slots = [(call.layer, slot) for call in calls for slot in range(call.index_TK.shape[-1])]
@@ -142,14 +176,6 @@ class RoutingRecorder:
             slot_C=slot_C,
         )
         self.writer.append(routed)
-
-    def _codes(self, forward: Forward) -> tuple[np.ndarray, np.ndarray]:
-        """The writer's numbers for the case and the group of each row of the batch."""
-        named = self._names.of(forward)
-        cases, groups = self.writer.cases, self.writer.groups
-        case_B = [cases.setdefault(case, len(cases)) for case, _ in named]
-        group_B = [groups.setdefault(group, len(groups)) for _, group in named]
-        return np.array(case_B), np.array(group_B)
 
 
 def _gather(parts: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:

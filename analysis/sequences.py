@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
+import torch.distributed as dist
+
 from moe_adapter.analysis.tokens import Forward, Generation
 from moe_adapter.errors import MoEAdapterError
 
@@ -12,9 +14,14 @@ NO_GROUP = "all"
 
 
 class SequenceNames:
-    """Names rows from a batch's given ids, else from a list in the order met, else by number."""
+    """Names rows from a batch's given ids, else from a list in the order met, else by number.
+
+    In a distributed run numbers begin with the rank, so that the parts of a record have no case in common: "1:0".
+    """
 
     def __init__(self, cases: Sequence[str] | None, groups: Mapping[str, str] | None):
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._prefix = f"{dist.get_rank()}:" if distributed else ""
         self._cases = cases
         self._groups = groups
         self._met = 0
@@ -72,7 +79,7 @@ class SequenceNames:
             )
         start, self._met = self._met, self._met + rows
         if self._cases is None:
-            cases = [str(number) for number in range(start, self._met)]
+            cases = [f"{self._prefix}{number}" for number in range(start, self._met)]
         elif self._met > len(self._cases):
             raise MoEAdapterError(
                 f"the model met {self._met} sequences, and record_routing was given {len(self._cases)} case ids; "

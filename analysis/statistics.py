@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moe_adapter.analysis.reader import RoutingRecord
+from moe_adapter.analysis.tables import expert_table, number_cells
 from moe_adapter.errors import MoEAdapterError
 
 
@@ -24,10 +25,18 @@ class ExpertLoad:
     cells: tuple[tuple, ...]
     counts_CE: np.ndarray
 
+    @classmethod
+    def of(cls, table: pa.Table, by: Sequence[str], experts: int) -> ExpertLoad:
+        """From a table with a row for each cell and expert: by…, expert, count."""
+        cells, cell_R = number_cells(table, by)
+        counts_CE = np.zeros((len(cells), experts), np.int64)
+        counts_CE[cell_R, table["expert"].to_numpy()] = table["count"].to_numpy()
+        return cls(by=tuple(by), cells=cells, counts_CE=counts_CE)
+
     @property
     def share_CE(self) -> np.ndarray:
         """Each expert's share of its cell's routed tokens, rows summing to 1: F_e / k of equation (6)."""
-        return self.counts_CE / self.counts_CE.sum(axis=1, keepdims=True)
+        return shares(self.counts_CE)
 
     def total(self, **only: object) -> np.ndarray:
         """Counts (E,) summed over the cells where each named column has the given value, e.g. group="liver"."""
@@ -38,13 +47,8 @@ class ExpertLoad:
 
     def to_table(self) -> pa.Table:
         """Long form: by…, expert, count, share; experts that got nothing included."""
-        experts = self.counts_CE.shape[1]
-        columns = {
-            name: np.repeat(np.array(values, dtype=object), experts).tolist()
-            for name, values in zip(self.by, zip(*self.cells, strict=True), strict=True)
-        }
-        expert = np.tile(np.arange(experts), len(self.cells))
-        return pa.table({**columns, "expert": expert, "count": self.counts_CE.ravel(), "share": self.share_CE.ravel()})
+        columns = dict(count=self.counts_CE.ravel(), share=self.share_CE.ravel())
+        return expert_table(self.by, self.cells, self.counts_CE.shape[1], **columns)
 
 
 def expert_load(
@@ -60,14 +64,7 @@ def expert_load(
     """
     by = tuple(by)
     table = record.count([*by, "expert"], where)
-    if not len(table):
-        raise MoEAdapterError(f"no row of {record.path} passes the filter {where}.")
-    experts = _num_experts(record, where)
-    rows = list(zip(*(table[name].to_pylist() for name in by), strict=True)) if by else [()] * len(table)
-    cells = {cell: number for number, cell in enumerate(dict.fromkeys(rows))}
-    counts_CE = np.zeros((len(cells), experts), np.int64)
-    counts_CE[[cells[row] for row in rows], table["expert"].to_numpy()] = table["count"].to_numpy()
-    return ExpertLoad(by=by, cells=tuple(cells), counts_CE=counts_CE)
+    return ExpertLoad.of(table, by, num_experts(record, where))
 
 
 def normalised_entropy(counts: np.ndarray) -> np.ndarray:
@@ -75,7 +72,7 @@ def normalised_entropy(counts: np.ndarray) -> np.ndarray:
 
     Shannon's entropy over its maximum (Pielou's evenness); (…, E) → (…).
     """
-    p = _shares(counts)
+    p = shares(counts)
     terms = np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0 * p)
     return -terms.sum(axis=-1) / np.log(counts.shape[-1])
 
@@ -85,17 +82,34 @@ def coefficient_of_variation(counts: np.ndarray) -> np.ndarray:
 
     The square root of the importance loss of Shazeer et al. (2017), arXiv 1701.06538, section 4.
     """
-    p = _shares(counts)
+    p = shares(counts)
     return p.std(axis=-1) / p.mean(axis=-1)
 
 
-def _shares(counts: np.ndarray) -> np.ndarray:
+def max_over_mean(counts: np.ndarray) -> np.ndarray:
+    """The most loaded expert's load over the mean load, over the last axis: 1 for even load, at most E; (…, E) → (…).
+
+    1 + MaxVio of Wang et al. (2024), arXiv 2408.15664.
+    """
+    p = shares(counts)
+    return p.max(axis=-1) / p.mean(axis=-1)
+
+
+def shares(counts: np.ndarray) -> np.ndarray:
+    """Counts over their sum along the last axis, NaN without tokens: F_e / k of equation (6) for those of a layer."""
     with np.errstate(invalid="ignore"):
         return counts / counts.sum(axis=-1, keepdims=True)
 
 
-def _num_experts(record: RoutingRecord, where: pc.Expression | None) -> int:
+def num_experts(record: RoutingRecord, where: pc.Expression | None) -> int:
+    """E of the layers that pass the filter.
+
+    Raises:
+        MoEAdapterError: no row passes it, or the layers have different numbers of experts.
+    """
     layers = record.count(["layer"], where)["layer"].to_pylist()
+    if not layers:
+        raise MoEAdapterError(f"no row of {record.name} passes the filter {where}.")
     sizes = {record.facts.layers[layer].num_experts for layer in layers}
     if len(sizes) > 1:
         raise MoEAdapterError(

@@ -13,7 +13,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 MM = 1 / 25.4  # inches
-DOUBLE_COLUMN_MM = 183.0
+SINGLE_COLUMN_MM, DOUBLE_COLUMN_MM = 89.0, 183.0
 
 STYLE: dict[Any, Any] = {
     "font.size": 7,
@@ -37,6 +37,22 @@ IMAGE_LOOK = {"facecolor": "#0072B2", "edgecolor": "#003A5C", "linewidth": 0.4}
 VIDEO_LOOK = {"facecolor": "#009E73", "edgecolor": "#003D2C", "linewidth": 0.4, "hatch": "....."}
 TEXT_LOOK = {"facecolor": "#F0C064", "edgecolor": "#7A4B00", "linewidth": 0.4, "hatch": "/////"}
 AUDIO_LOOK = {"facecolor": "#CC79A7", "edgecolor": "#5C2344", "linewidth": 0.4, "hatch": "xxxxx"}
+
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+SEQUENTIAL = "cividis"  # even in lightness, for colour-blind eyes too
+# Okabe and Ito's colours in an order in which neighbours differ in lightness.
+CATEGORIES = ("#0072B2", "#F0E442", "#D55E00", "#56B4E9", "#332288", "#E69F00", "#009E73", "#CC79A7")
+MOST_COLOURS = len(CATEGORIES)
+
+
+def expert_looks(experts: int) -> list[dict[str, Any]]:
+    """A bar's look for each expert: categories while there are enough, else shades in order."""
+    if experts <= MOST_COLOURS:
+        colours: Iterable[Any] = CATEGORIES[:experts]
+    else:
+        colours = matplotlib.colormaps[SEQUENTIAL]([i / (experts - 1) for i in range(experts)])
+    edge = 0.3 if experts <= MOST_COLOURS else 0.0
+    return [{"facecolor": colour, "edgecolor": "0.15", "linewidth": edge} for colour in colours]
 
 
 def style(labels: Iterable[str] = ()) -> Any:

@@ -62,6 +62,12 @@ class RoutingWriter:
             use_byte_stream_split=["weight"],  # type: ignore[arg-type]
         )
 
+    def codes(self, named: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers that stand for the case and the group of each row of a batch."""
+        case_B = [self.cases.setdefault(case, len(self.cases)) for case, _ in named]
+        group_B = [self.groups.setdefault(group, len(self.groups)) for _, group in named]
+        return np.array(case_B), np.array(group_B)
+
     def append(self, routed: RoutedTokens) -> None:
         """Take tokens in; at most `row_group_rows` rows (one token at least) wait in memory."""
         if self._pending and self._pending[0].columns != routed.columns:
@@ -95,7 +101,8 @@ class RoutingWriter:
         first = self._pending[0]
         whole = {name: np.concatenate([getattr(part, name) for part in self._pending]) for name in PER_TOKEN}
         self._pending, self._waiting = [], 0
-        self._parquet.write_table(self._table(replace(first, **whole)), row_group_size=self.row_group_rows)
+        table = self._table(replace(first, **whole))
+        self._parquet.write_table(table, row_group_size=len(table))  # a token's rows stay together
 
     def _table(self, routed: RoutedTokens) -> pa.Table:
         """The rows of T tokens, token by token: (T·C) rows."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -12,6 +14,8 @@ import zoo
 
 from moe_adapter import dual_path_layers, inject_dual_path_moe
 from moe_adapter.analysis.record import RoutingRecord, record_routing
+from moe_adapter.analysis.schema import LayerFacts, RecordFacts
+from moe_adapter.analysis.writer import RoutedTokens, RoutingWriter
 
 IMAGE, VIDEO = 120, 121
 
@@ -99,3 +103,82 @@ def routes() -> Callable[[RoutingRecord], set[tuple]]:
         return found
 
     return of
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., RoutingRecord]:
+    """written(experts, …): a record of given routing, without a model.
+
+    `experts` has an array (T, L, K) for each case; `groups` a group for each; `weights`, `modalities` and `token_ids`
+    an array for each too, (T, L, K), (T,) and (T,).
+    """
+
+    def write(
+        experts: Sequence[np.ndarray],
+        *,
+        groups: Sequence[str] | None = None,
+        weights: Sequence[np.ndarray] | None = None,
+        modalities: Sequence[np.ndarray] | None = None,
+        token_ids: Sequence[np.ndarray] | None = None,
+        cases: Sequence[str] | None = None,
+        num_experts: int = 4,
+        name: str = "written.parquet",
+        row_group_rows: int = 2**20,
+    ) -> RoutingRecord:
+        layers, top_k = experts[0].shape[1:]
+        writer = RoutingWriter(tmp_path / name, row_group_rows=row_group_rows)
+        for number, expert_TLK in enumerate(experts):
+            tokens = len(expert_TLK)
+            named = (cases[number] if cases else f"case {number:04}", groups[number] if groups else "all")
+            (case,), (group,) = writer.codes([named])
+            even = np.full(expert_TLK.shape, 1 / top_k, np.float32)
+            writer.append(
+                RoutedTokens(
+                    case_T=np.full(tokens, case),
+                    group_T=np.full(tokens, group),
+                    modality_T=modalities[number] if modalities else np.zeros(tokens, int),
+                    position_T=np.arange(tokens),
+                    token_id_T=token_ids[number] if token_ids else np.full(tokens, 7),
+                    expert_TC=expert_TLK.reshape(tokens, -1),
+                    weight_TC=(weights[number] if weights else even).reshape(tokens, -1),
+                    layer_C=tuple(np.repeat(np.arange(layers), top_k)),
+                    slot_C=tuple(np.tile(np.arange(top_k), layers)),
+                )
+            )
+        facts = LayerFacts(name="", num_experts=num_experts, top_k=top_k)
+        writer.close(
+            RecordFacts(
+                model="written",
+                layers=tuple(replace(facts, name=f"layers.{number}") for number in range(layers)),
+                groups=tuple(writer.groups),
+                cases=len(writer.cases),
+                tokens=writer.tokens,
+            )
+        )
+        return RoutingRecord.open(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def drawn() -> Callable[..., np.ndarray]:
+    """drawn(rng, logits_E, (T, L)): experts (T, L, K) without replacement, with odds softmax(logits)."""
+
+    def draw(rng: np.random.Generator, logits_E: np.ndarray, shape: tuple[int, int], top_k: int = 2) -> np.ndarray:
+        noisy = logits_E + rng.gumbel(size=(*shape, len(logits_E)))
+        return np.argsort(-noisy, axis=-1)[..., :top_k]
+
+    return draw
+
+
+@pytest.fixture
+def clustered(drawn: Callable[..., np.ndarray]) -> Callable[..., list[np.ndarray]]:
+    """clustered(rng, cases, spread): cases whose logits differ by `spread`; every expert's true share is 1 / E."""
+
+    def draw(
+        rng: np.random.Generator, cases: int, *, spread: float, tokens: int = 30, layers: int = 1, experts: int = 4
+    ) -> list[np.ndarray]:
+        sizes = rng.integers(tokens // 2, tokens * 2, cases)
+        return [drawn(rng, rng.normal(0, spread, experts), (size, layers)) for size in sizes]
+
+    return draw
