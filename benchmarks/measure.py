@@ -1,4 +1,4 @@
-"""One measurement each: the layer, its routed part, decoding, memory, the router, a whole model's step."""
+"""One measurement each: the layer, its routed part, decoding, memory, a whole model's step."""
 
 from __future__ import annotations
 
@@ -81,15 +81,6 @@ def saved_bytes(shape: Shape, like: Tensor, backend: str) -> dict[str, int]:
     return found
 
 
-def router_share(shape: Shape, like: Tensor, seconds: float) -> float:
-    """The router's part of the layer's forward."""
-    layer = our_layer(shape, like, "auto")
-    x = torch.randn(shape.tokens, shape.hidden, device=like.device).to(like.dtype)
-    with torch.no_grad():
-        times = interleaved({"router": lambda: layer.router(x), "layer": lambda: layer(x)}, seconds=seconds)
-    return times["router"].median / times["layer"].median
-
-
 def model_step_times(shape: Shape, like: Tensor, backends: list[str], seconds: float) -> Times:
     """A training step of a two-layer Qwen2 of the layer's widths, by backend."""
     config = Qwen2Config(
@@ -117,17 +108,18 @@ def _with_backend(layer: DualPathMoE, backend: str) -> Callable[[Tensor, Tensor,
 def _times(calls: dict[str, Callable], dense: ideal.Dense, x: Tensor, what: str, seconds: float) -> Times:
     ready: dict[str, Callable[[], object]] = {}
     for name, call in calls.items():
-        ready[name] = (lambda call=call: _train(call, x)) if what == "training" else (lambda call=call: _infer(call, x))
+        ready[name] = (lambda call=call: train(call, x)) if what == "training" else (lambda call=call: infer(call, x))
     ready[GEMMS] = ideal.gemms(dense, x, training=what == "training")
     return interleaved(ready, seconds=seconds)
 
 
-def _infer(call: Callable, x: Tensor) -> None:
+def infer(call: Callable, x: Tensor) -> None:
+    """Forward alone."""
     with torch.no_grad():
         call(x)
 
 
-def _train(call: Callable, x: Tensor) -> None:
+def train(call: Callable, x: Tensor) -> None:
     """Forward and backward to x and every parameter that trains; gradients are dropped, as an optimizer would."""
     given = x.detach().requires_grad_()
     call(given).backward(x)
@@ -142,4 +134,4 @@ def _assert_equal_work(shape: Shape, like: Tensor, layer: DualPathMoE, dense: id
     with torch.no_grad():
         work = ideal.multiply_adds(lambda: plain(x)) - shape.tokens * shape.hidden * shape.experts
     expected = sum(m * k * n for m, k, n in dense.products(shape.tokens, training=False))
-    assert work == expected == ideal.multiply_adds(lambda: _infer(dense, x)), (work, expected)
+    assert work == expected == ideal.multiply_adds(lambda: infer(dense, x)), (work, expected)

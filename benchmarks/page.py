@@ -17,13 +17,13 @@ import transformers
 from benchmarks.measure import GEMMS, IDEAL, Times
 
 MARKERS = "osD^vPX*"
-METHOD = """Each table is one run in which all subjects take turns, round by round; a cell is the median of its rounds
-over the ideal's median, ± the distance between its quartiles. *Ideal (dense)* is the frozen static FFN and one
-trainable dense FFN with the multiply-adds of the shared expert and the K chosen experts, asserted equal to the layer's;
-*its products alone* leaves the activations out as well and writes into memory that is there. A training step is a
-forward and a backward to the input and to every parameter that trains. Before anything is timed, every subject's output
-and gradients are held against the layer in float64, or there is no table. Peers run on the same weights; `batched_mm`
-copies an expert's weights for every slot and is left out (–) where that takes more than a GiB."""
+METHOD = """Each table is one run in which all subjects take turns, in a new order each round; a cell is the median of
+its rounds over the ideal's median, ± the distance between its quartiles. *Ideal (dense)* is the frozen static FFN and
+one trainable dense FFN with the multiply-adds of the shared expert and the K chosen experts, asserted equal to the
+layer's; *its products alone* leaves the activations out as well and writes into memory that is there. A training step
+is a forward and a backward to the input and to every parameter that trains. Before anything is timed, every subject's
+output and gradients are held against the layer in float64, or there is no table. Peers run on the same weights;
+`batched_mm` copies an expert's weights for every slot and is left out (–) where that takes more than a GiB."""
 
 
 def machine() -> str:

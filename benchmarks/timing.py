@@ -1,7 +1,11 @@
-"""Medians of interleaved rounds: every subject is timed once a round, so that a slow minute slows all of them."""
+"""Medians of interleaved rounds: every subject is timed once a round, so that a slow minute slows all of them.
+
+The order changes from round to round: a subject inherits its forerunner's memory, in the allocator and in the cache.
+"""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -25,9 +29,11 @@ def interleaved(calls: dict[str, Callable[[], object]], *, seconds: float, round
     for call in calls.values():
         call()
     found: dict[str, list[float]] = {name: [] for name in calls}
+    order, generator = list(calls), random.Random(0)
     for turn in range(rounds):
-        for name, call in calls.items():
-            found[name].append(_once(call))
+        generator.shuffle(order)
+        for name in order:
+            found[name].append(_once(calls[name]))
         if turn >= 2 and sum(map(sum, found.values())) > seconds:
             break
     return {name: _summary(times) for name, times in found.items()}

@@ -56,7 +56,8 @@ def run_backend(
 def choose(experts, x_TD: torch.Tensor) -> str:
     """The backend that "auto" stands for.
 
-    On a GPU `grouped_mm`, which never waits for the counts of the experts' tokens; else `lean`, for any number of them.
+    On a GPU `grouped_mm`, which never waits for the counts of the experts' tokens; else `lean`, which goes by the
+    number of tokens itself: no other earned a threshold here (docs/speed.md), which torch.compile would guard.
     """
     if experts.activation is None or (x_TD.is_cuda and _refusal("grouped_mm", experts, x_TD) is None):
         return "grouped_mm"

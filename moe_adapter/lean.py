@@ -2,7 +2,8 @@
 
 Slots (token, expert) are sorted by expert; each expert then multiplies its own rows, with no one-hot, no padding and
 no weight indexed under autograd. The routing weight is folded in before the down projection; each token's K results
-are summed in one pass. Backward recomputes the activations from the pre-activations that forward kept.
+are summed in one pass. Backward recomputes the activations from the pre-activations that forward kept. Experts with few
+slots, as in decoding, are taken together between their products.
 
 It is a custom operator with a shape rule, so torch.compile takes it whole, whatever the number of tokens. S is the
 number of slots, T·K; R the rows of the first projection, 2F gated or F.
@@ -11,7 +12,7 @@ number of slots, T·K; R the rows of the first projection, 2F gated or F.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,9 @@ from torch import Tensor
 from moe_adapter.activations import activate, activate_backward
 from moe_adapter.dense import fastest, refuse_second_derivative
 
-FEW = 16  # slots
+FEW, BLOCK = 16, 128  # slots: sorted in Python up to here; taken together up to there, see `_blocks`
+
+Members = list[tuple[int, slice]]  # an expert and its rows
 
 
 def lean(experts, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -60,15 +63,15 @@ def _forward(
     token_S, weight_S1 = slot_S // index_TK.shape[1], weights_TK.reshape(-1, 1)[slot_S].to(x_TD.dtype)
     y_SD = x_TD.new_empty(len(slot_S), x_TD.shape[1])
     h_SR = x_TD.new_empty(len(slot_S) if keep else 0, first_ERD.shape[1])
-    for expert, rows in groups:
-        token, weight = token_S[rows], weight_S1[rows]
-        h = torch.mm(x_TD[token], first_ERD[expert].T, **({"out": h_SR[rows]} if keep else {}))
-        if first_bias_ER is not None:
-            h += first_bias_ER[expert]
+    for rows, members in _blocks(groups, BLOCK if gated else 0):
+        token, weight, y = token_S[rows], weight_S1[rows], y_SD[rows]
+        h = _products(x_TD[token], first_ERD.mT, members, h_SR[rows] if keep else None)
+        for expert, own in members if first_bias_ER is not None else ():
+            h[own] += first_bias_ER[expert]  # pyright: ignore
         a = activate(activation, *_gate_and_up(h, gated)).mul_(weight)
-        y = torch.mm(a, down_EDF[expert].T, out=y_SD[rows])
-        if down_bias_ED is not None:
-            y += weight * down_bias_ED[expert]
+        _products(a, down_EDF.mT, members, y)
+        for expert, own in members if down_bias_ED is not None else ():
+            y[own] += weight[own] * down_bias_ED[expert]  # pyright: ignore
     return _combine(y_SD, slot_S, index_TK), h_SR
 
 
@@ -94,31 +97,49 @@ def _backward(
     grads = _empty_grads(inputs, needs, idle)
     dx_SD = x_TD.new_empty(len(slot_S) if needs[0] else 0, x_TD.shape[1])
     _, dw_TK, dfirst, ddown, dfirst_bias, ddown_bias = (g if n else None for g, n in zip(grads, needs, strict=True))
-    for expert, rows in groups:
+    for rows, members in _blocks(groups, BLOCK if gated else 0):
         token, weight = token_S[rows], weight_S1[rows]
         gate, up = _gate_and_up(h_SR[rows], gated)
         dy = grad_TD[token]
-        da, a = dy @ down_EDF[expert], activate(activation, gate, up)
+        da, a = _products(dy, down_EDF, members), activate(activation, gate, up)
         if dw_TK is not None:
             dw = torch.linalg.vecdot(da, a).to(dw_TK.dtype)
-            if down_bias_ED is not None:
-                dw += dy @ down_bias_ED[expert]
+            for expert, own in members if down_bias_ED is not None else ():
+                dw[own] += dy[own] @ down_bias_ED[expert]  # pyright: ignore
             dw_TK.view(-1)[slot_S[rows]] = dw
         if ddown is not None:
-            torch.mm(dy.T, a.mul_(weight), out=ddown[expert])
+            _weight_gradients(dy, a.mul_(weight), members, ddown)
         if ddown_bias is not None:
-            ddown_bias[expert] = (dy * weight).sum(0)
+            _bias_gradients(dy * weight, members, ddown_bias)
         dgate, dup = activate_backward(activation, da.mul_(weight), gate, up)
         dh = dup if dgate is None else torch.cat([dgate, dup], dim=1)
         if dfirst_bias is not None:
-            dfirst_bias[expert] = dh.sum(0)
+            _bias_gradients(dh, members, dfirst_bias)
         if dfirst is not None:
-            torch.mm(dh.T, x_TD[token], out=dfirst[expert])
+            _weight_gradients(dh, x_TD[token], members, dfirst)
         if needs[0]:
-            torch.mm(dh, first_ERD[expert], out=dx_SD[rows])
+            _products(dh, first_ERD, members, dx_SD[rows])
     if needs[0]:
         grads[0] = _combine(dx_SD, slot_S, index_TK)
     return grads
+
+
+def _products(x: Tensor, weight_E: Tensor, members: Members, out: Tensor | None = None) -> Tensor:
+    """Each expert's rows of x times its own matrix, into `out` or new memory."""
+    out = x.new_empty(len(x), weight_E.shape[2]) if out is None else out
+    for expert, own in members:
+        torch.mm(x[own], weight_E[expert], out=out[own])
+    return out
+
+
+def _weight_gradients(dy: Tensor, x: Tensor, members: Members, out_E: Tensor) -> None:
+    for expert, own in members:
+        torch.mm(dy[own].T, x[own], out=out_E[expert])
+
+
+def _bias_gradients(dy: Tensor, members: Members, out_E: Tensor) -> None:
+    for expert, own in members:
+        torch.sum(dy[own], 0, out=out_E[expert])
 
 
 def _combine(y_SD: Tensor, slot_S: Tensor, index_TK: Tensor) -> Tensor:
@@ -128,7 +149,7 @@ def _combine(y_SD: Tensor, slot_S: Tensor, index_TK: Tensor) -> Tensor:
     return F.embedding_bag(place_S.view_as(index_TK), y_SD, mode="sum")
 
 
-def _groups(index_TK: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, slice]]]:
+def _groups(index_TK: Tensor, experts: int) -> tuple[Tensor, Members]:
     """Slots ordered by expert, and which of them each expert has that has any."""
     flat = index_TK.reshape(-1)
     if len(flat) <= FEW and flat.device.type == "cpu":  # as in decoding, where three operators cost more than this
@@ -141,11 +162,34 @@ def _groups(index_TK: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, sli
     return order, [(expert, slice(end - n, end)) for expert, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
 
 
+def _blocks(groups: Members, limit: int) -> Iterator[tuple[slice, Members]]:
+    """Neighbours with few slots together, and where each lies among them: what isn't a product is done for all at once.
+
+    An expert of many slots is a block of its own, so that what passes between its products stays in the cache. So is
+    every ungated one: torch takes rows that touch as one line, and its end by other instructions, so that the last bit
+    of a result would depend on the neighbours.
+    """
+    block: Members = []
+    for expert, rows in groups:
+        if block and rows.stop - block[0][1].start > limit:
+            yield _block(block)
+            block = []
+        block.append((expert, rows))
+    if block:
+        yield _block(block)
+
+
+def _block(groups: Members) -> tuple[slice, Members]:
+    start = groups[0][1].start
+    members = [(expert, slice(rows.start - start, rows.stop - start)) for expert, rows in groups]
+    return slice(start, groups[-1][1].stop), members
+
+
 def _gate_and_up(h: Tensor, gated: bool) -> tuple[Tensor | None, Tensor]:
     return tuple(h.chunk(2, dim=-1)) if gated else (None, h)  # pyright: ignore
 
 
-def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool], idle: list[int] | None = None) -> list[Tensor]:
+def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool], idle: Sequence[int] = ()) -> list[Tensor]:
     """Memory for the gradients, zero for experts that are `idle`; tensors of no elements where none is wanted."""
     x = inputs[0]
     assert x is not None
@@ -154,8 +198,8 @@ def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool], idle: lis
         for t, n in zip(inputs, needs, strict=True)
     ]
     for grad, need in zip(grads[2:], needs[2:], strict=True):
-        if need and idle:
-            grad[idle] = 0
+        for expert in idle if need else ():
+            grad[expert].zero_()  # one by one: indexing by the list takes ten times as long
     return grads
 
 

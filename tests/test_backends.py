@@ -25,6 +25,7 @@ SHAPES = {
     "odd sizes": dict(tokens=13, experts=5, top_k=3, hidden=33, width=7),
     "one expert": dict(tokens=5, experts=1, top_k=1, hidden=16, width=8),
     "many experts": dict(tokens=9, experts=64, top_k=8, hidden=16, width=8),
+    "experts by the handful": dict(tokens=90, experts=16, top_k=3, hidden=16, width=8),
     "many tokens": dict(tokens=4097, experts=8, top_k=2, hidden=16, width=8),
 }
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gate, ideal
 from benchmarks.__main__ import main
-from benchmarks.measure import saved_bytes
+from benchmarks.dispatch import dispatch_share, grouped_mm_dispatch, lean_dispatch
+from benchmarks.measure import saved_bytes, train
 from benchmarks.shapes import TOY
 from benchmarks.subjects import PEERS, PeerLayer, our_layer, peer_experts, sorted_loop
+from moe_adapter.backends import run_backend
 
 LIKE = torch.empty(0)
 
@@ -19,6 +25,7 @@ def test_it_writes_a_page_and_a_figure(tmp_path):
     page = (tmp_path / "here.md").read_text()
     for name in ("ours, auto", *PEERS, "ideal (dense)", "Decoding", "Fine-grained", "Memory kept", "here.png"):
         assert name in page
+    assert re.search(r"combining take \d+\.\d% of its training step with `lean`", page)
     assert (tmp_path / "here.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -57,3 +64,47 @@ def test_the_ideal_has_the_layers_multiply_adds():
 def test_the_layer_keeps_about_half_of_what_autograd_keeps():
     ours, loop = saved_bytes(TOY.of(tokens=256), LIKE, "auto").values()
     assert ours < 0.52 * loop
+
+
+@pytest.fixture
+def routed():
+    """A layer's experts, an input and its routing."""
+    layer, x = our_layer(TOY, LIKE, "auto"), torch.randn(TOY.tokens, TOY.hidden)
+    _, weights, index = layer.router(x)
+    return layer.experts, x, index, weights.detach().requires_grad_()
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_of_lean_sorts_gathers_and_combines_as_often_as_lean_does(routed):
+    experts, x, index, weights = routed
+    with Count() as alone:
+        lean_dispatch(experts, x, index, weights)
+    with Count() as whole:
+        train(lambda given: run_backend("lean", experts, given, index, weights), x)
+    for name in ("sort", "bincount", "index", "_embedding_bag_forward_only"):
+        assert alone.calls[name] == whole.calls[name] > 0, name
+    assert "mm" not in alone.calls and whole.calls["mm"] > 0
+
+
+def test_dispatch_of_grouped_mm_is_all_but_its_products(routed):
+    """Every row comes back to its token, times the sum of its weights."""
+    experts, x, index, weights = routed
+    with Count() as alone:
+        y = grouped_mm_dispatch(experts, x, index, weights)
+    torch.testing.assert_close(y, x * weights.sum(1, keepdim=True))
+    assert not {"mm", "_grouped_mm", "silu"} & alone.calls.keys() and alone.calls["sort"] == 1
+    assert experts._apply_gate(torch.ones(1, 2)).shape == (1, 1)  # the experts are as they were
+
+
+def test_the_dispatch_share_is_that_of_the_backend_that_runs():
+    backend, share = dispatch_share(TOY, LIKE, 0.001)
+    assert backend == "lean" and 0 < share < 1
