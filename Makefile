@@ -13,7 +13,7 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: install test test-all demo lint format
+.PHONY: install test test-all demo gpu-check lint format
 
 install: $(INSTALLED)
 
@@ -27,6 +27,11 @@ test-all: lint $(PUBLISHED)
 demo: install
 	rm -rf runs/tiny
 	$(BIN)/python -m examples.echovlm --preset tiny --out runs/tiny
+
+# On a machine with a GPU: both stages at a medium size, then the tests that need one.
+gpu-check: install
+	$(BIN)/python -m benchmarks.training --name $$(hostname)
+	$(BIN)/python -m pytest -m gpu
 
 lint: install
 	$(BIN)/ruff check

@@ -58,6 +58,15 @@ def collate(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: pad([row[name] for row in batch], True, value) for name, value in values.items()}
 
 
+def arguments_of(engine: str) -> dict[str, Any]:
+    """The engine's training arguments; DeepSpeed isn't to compile its own all-reduce, since gloo's will do."""
+    if engine.startswith("zero"):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return ENGINES[engine]
+
+
 def split_experts(model: nn.Module) -> None:
     """Let tokens below SIDE choose experts 0 and 1 in every layer, the others 2 and 3."""
     with torch.no_grad():
@@ -114,7 +123,7 @@ def train(
         disable_tqdm=True,
         logging_steps=5,
     )
-    settings |= ({} if alone else ENGINES[engine]) | (arguments or {})
+    settings |= ({} if alone else arguments_of(engine)) | (arguments or {})
     args = TrainingArguments(tempfile.mkdtemp(), **settings)
     data = [row for batch in batches for row in batch]
     before = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}

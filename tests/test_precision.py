@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import zoo
 from distributed import run_ranks
-from engines import BATCH, ENGINES, RANKS, Ordered, collate, micro_batches
+from engines import BATCH, RANKS, Ordered, arguments_of, collate, micro_batches
 from transformers import Trainer, TrainingArguments
 
 from moe_adapter import dual_path_layers, inject_dual_path_moe, set_stage
@@ -50,7 +50,7 @@ def alphas(engine: str | None, bf16: bool = True) -> list[torch.Tensor]:
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
-        **({} if engine is None else ENGINES[engine]),
+        **({} if engine is None else arguments_of(engine)),
     )
     data = [row for batch in micro_batches("uneven", RANKS * STEPS) for row in batch]
     Ordered(model, args, train_dataset=data, data_collator=collate).train()
