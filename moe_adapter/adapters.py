@@ -26,6 +26,7 @@ from moe_adapter.injection import STATE, Injection, attach, detach
 from moe_adapter.lora import active_loras, is_peft_model, switch_lora
 from moe_adapter.lora_files import DEFAULT
 from moe_adapter.merge import merge_adapters
+from moe_adapter.sharding import has_spread, is_main_process, together
 from moe_adapter.stages import set_stage
 from moe_adapter.surgery import NAMED, unwrapped
 
@@ -152,8 +153,10 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload adapter",
     **card: Any,
-) -> str:
+) -> str | None:
     """Upload the active adapter and its model card to the Hugging Face Hub; returns the URL of the commit.
+
+    In a distributed run every rank calls, as for `save_adapter`; rank 0 uploads, the others return None.
 
     Args:
         revision: a branch, made where there is none.
@@ -164,16 +167,19 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
-        return upload(
-            Path(folder),
-            repo_id,
-            lambda: write_card(folder, **card),
-            new_card=bool(card),
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        with together(has_spread(model)):
+            if not is_main_process():
+                return None
+            return upload(
+                Path(folder),
+                repo_id,
+                lambda: write_card(folder, **card),
+                new_card=bool(card),
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+            )
 
 
 def _named(model: nn.Module) -> tuple[nn.Module, dict[str, Injection]]:

@@ -112,6 +112,9 @@ def _tails(outputs: list[Path]) -> str:
 def _surroundings() -> dict[str, str]:
     """The environment, with the repository's modules in reach, one thread, no network and no GPU."""
     return os.environ | {
+        # deepspeed compiles at first use, by the ninja beside it; with another one in turn it would compile each time.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "TORCH_EXTENSIONS_DIR": str(ROOT / "build" / "torch_extensions"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "PYTHONFAULTHANDLER": "1",
         "PYTHONUNBUFFERED": "1",
