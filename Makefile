@@ -13,20 +13,26 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: install test test-all demo gpu-check lint format
+.PHONY: install test test-all demo gpu-check browser lint format
 
 install: $(INSTALLED)
 
-test: lint $(PUBLISHED)
+test: lint $(PUBLISHED) browser
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-test-all: lint $(PUBLISHED)
+test-all: lint $(PUBLISHED) browser
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 # The recipe writes into an empty folder only, so that a second demo starts afresh.
 demo: install
 	rm -rf runs/tiny
 	$(BIN)/python -m examples.echovlm --preset tiny --out runs/tiny
+
+# Chromium for the tests of the report page, which skip without one.
+browser:
+	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	  (apt-get update && apt-get install -y --no-install-recommends chromium) > build/browser.log 2>&1 || \
+	  echo "No Chromium, so the page's tests will skip. The full log: build/browser.log"
 
 # On a machine with a GPU: both stages at a medium size, then the tests that need one.
 gpu-check: install

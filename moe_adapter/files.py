@@ -18,6 +18,7 @@ from moe_adapter.injection import STATE, Injection, base_parameters, check_not_a
 from moe_adapter.lora import active_loras, lora_parameters, plain_name, switch_lora
 from moe_adapter.lora_files import DEFAULT, check_lora, load_lora, lora_writer
 from moe_adapter.objective import dual_path_layers
+from moe_adapter.precision import KeepsFloat32
 from moe_adapter.sharding import (
     has_spread,
     in_place,
@@ -50,7 +51,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     owner = injected_model(model)
     check_not_at_base(owner)
     settle(model)
-    spread = has_spread(owner)
+    spread = has_spread(owner) or any(part.is_cast for part in _keepers(owner))
     if not spread and not is_main_process():
         return
     index = {
@@ -157,15 +158,21 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
 def _tensors_to_save(owner: nn.Module) -> dict[str, torch.Tensor]:
     new = {id(p) for layer in dual_path_layers(owner).values() for p in layer.new_parameters().values()}
     also = {*getattr(owner, STATE).base_values, *trainable_base(owner)}
+    settled = {id(p): (part, name) for part in _keepers(owner) for name, p in part.named_parameters(recurse=False)}
     tensors = {}
     for name, parameter in base_parameters(owner).items():
         if id(parameter) in new or name in also:
             if parameter.is_meta:
                 raise MoEAdapterError(f"{name} is on the meta device: load or materialise the model before saving.")
-            value = whole(parameter)
+            part, own_name = settled.get(id(parameter), (None, ""))
+            value = whole(parameter) if part is None else part.settled(own_name)
             if is_main_process():
                 tensors[name] = value.to("cpu").contiguous()
     return tensors
+
+
+def _keepers(owner: nn.Module) -> list[KeepsFloat32]:
+    return [part for part in owner.modules() if isinstance(part, KeepsFloat32)]
 
 
 def _fill(owner: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -47,6 +47,11 @@ class KeepsFloat32(nn.Module):
         master = None if parameter.dtype in WIDE else float32_master(parameter)
         return whole(parameter) if master is None else master
 
+    @property
+    def is_cast(self) -> bool:
+        """Whether an engine has cast own parameters, so that their values are masters, spread over ranks."""
+        return any(p.dtype not in WIDE and has_master(p) for p in self.parameters(recurse=False))
+
     def follow_masters(self) -> None:
         """Look the masters of cast parameters up; under DeepSpeed a collective of all ranks."""
         for name, parameter in self._parameters.items():

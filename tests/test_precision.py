@@ -13,7 +13,7 @@ from distributed import run_ranks
 from engines import BATCH, RANKS, Ordered, arguments_of, collate, micro_batches
 from transformers import Trainer, TrainingArguments
 
-from moe_adapter import dual_path_layers, inject_dual_path_moe, set_stage
+from moe_adapter import dual_path_layers, inject_dual_path_moe, load_adapter, save_adapter, set_stage
 
 STEPS, RATE = 50, 2e-5
 
@@ -78,6 +78,48 @@ def test_engines(engine):
     expected = alphas(None, bf16=False)
     for found in run_ranks(RANKS, alphas, timeout=300, engine=engine):
         check(found, expected)
+
+
+def saved(engine: str, folder: str) -> dict[str, torch.Tensor]:
+    """Train three steps in bf16 and save; α as the layers have it."""
+    model = adapted()
+    args = TrainingArguments(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=BATCH,
+        max_steps=3,
+        learning_rate=1e-2,
+        bf16=True,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **arguments_of(engine),
+    )
+    data = [row for batch in micro_batches("uneven", 3 * RANKS) for row in batch]
+    Ordered(model, args, train_dataset=data, data_collator=collate).train()
+    save_adapter(model, folder)
+    layers = dual_path_layers(model)
+    return {name: layer.settled("alpha_logit").clone() for name, layer in layers.items()}
+
+
+def adapted() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = zoo.build("qwen2").bfloat16()
+    inject_dual_path_moe(model, num_experts=4, expert_dim=16, shared_expert_dim=24, alpha_init=0.9)
+    set_stage(model, 1)
+    return model
+
+
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_files_hold_the_masters(tmp_path, engine):
+    alphas, _ = run_ranks(RANKS, saved, timeout=300, engine=engine, folder=str(tmp_path))
+    model = load_adapter(zoo.build("qwen2").bfloat16(), tmp_path)
+    start = adapted()
+    for name, layer in dual_path_layers(model).items():
+        assert layer.alpha_logit.dtype == layer.router.weight.dtype == torch.float32
+        torch.testing.assert_close(layer.alpha_logit.detach(), alphas[name], rtol=0, atol=0)
+        assert layer.alpha_logit.item() != layer.alpha_logit.bfloat16().item()
+        assert not torch.equal(layer.experts.down_proj, start.get_submodule(name).experts.down_proj)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
