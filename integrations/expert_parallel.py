@@ -53,7 +53,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             ranks, experts that are sharded already, or a wrapped model; the model is left as it was.
     """
     owner = unwrapped(model)
-    layers = {name: layer for name, layer in dual_path_layers(owner).items() if layer.experts is not None}
+    layers = {name: layer.experts for name, layer in dual_path_layers(owner).items() if layer.experts is not None}
     if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
         got = f"{mesh.ndim} dimensions {mesh.mesh_dim_names}" if isinstance(mesh, DeviceMesh) else repr(mesh)
         raise MoEAdapterError(f'shard_experts: got {got}, expected a DeviceMesh of one: pass its part, mesh["ep"].')
@@ -62,12 +62,12 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             f"{type(owner).__name__} has no routed experts to shard: call inject_dual_path_moe(model) first, with "
             "num_experts > 0."
         )
-    for name, layer in layers.items():
-        _check(name, layer.experts, mesh)
-    for layer in layers.values():
-        _shard(layer.experts, mesh)
-    experts = {id(p) for layer in layers.values() for p in layer.experts.parameters(recurse=False)}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) in experts]
+    for name, experts in layers.items():
+        _check(name, experts, mesh)
+    for experts in layers.values():
+        _shard(experts, mesh)
+    sharded = {id(parameter) for experts in layers.values() for parameter in experts.parameters(recurse=False)}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in sharded]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     return model
 
