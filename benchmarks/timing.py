@@ -25,7 +25,7 @@ class Time:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], *, seconds: float, rounds: int = 15) -> dict[str, Time]:
-    """Time the calls in turns for about `seconds`, in 3 to `rounds` rounds after one that is thrown away."""
+    """Time the calls in turns for about `seconds`, in 5 to `rounds` rounds after one that is thrown away."""
     for call in calls.values():
         call()
     found: dict[str, list[float]] = {name: [] for name in calls}
@@ -34,7 +34,7 @@ def interleaved(calls: dict[str, Callable[[], object]], *, seconds: float, round
         generator.shuffle(order)
         for name in order:
             found[name].append(_once(calls[name]))
-        if turn >= 2 and sum(map(sum, found.values())) > seconds:
+        if turn >= 4 and sum(map(sum, found.values())) > seconds:
             break
     return {name: _summary(times) for name, times in found.items()}
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from examples.echovlm.config import load_preset
+from safetensors import SafetensorError
+
+from examples.echovlm.config import ACCOUNT, load_preset
 from moe_adapter import MoEAdapterError
+from moe_adapter.directory import INDEX
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,11 +24,34 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check_paths(options)
         config = load_preset(options.preset)
-        _load_recipe()(config, cases_file=options.cases, base=options.base, out=options.out)
+        run = _load_recipe()
+        with _processes():
+            run(config, cases_file=options.cases, base=options.base, out=options.out, stage1_from=options.stage1)
     except MoEAdapterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error)
+    except (OSError, SafetensorError) as error:
+        if "No space left" not in str(error):
+            raise
+        return _fail(f"{error}: make room on the disk of {options.out}, and go on with --resume")
     return 0
+
+
+def _fail(reason: object) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """Beside the other processes that a launcher has started, only the first of which speaks."""
+    from examples.echovlm import ranks
+
+    ranks.join()
+    if not ranks.is_main():
+        logging.getLogger("moe_adapter").setLevel(logging.ERROR)
+    yield
+    ranks.leave()  # not after an error, which the others don't know of: it would wait for them
 
 
 def _load_recipe() -> Callable[..., Path]:
@@ -50,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", type=Path, help="your cases (docs/cases.md); phantoms are rendered without it")
     parser.add_argument("--base", type=Path, help="checkpoint directory; a small base is made without it")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything the run writes; empty or new")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if one was begun there")
+    parser.add_argument("--stage1", type=Path, help="a run's stage1 folder, to go on from in place of training stage I")
     return parser
 
 
@@ -60,7 +91,10 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise MoEAdapterError(
             f"--base {options.base}: got no checkpoint directory; expected one that holds config.json"
         )
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+    if options.stage1 and not (options.stage1 / INDEX).is_file():
+        raise MoEAdapterError(f"--stage1 {options.stage1}: got no adapter; expected a folder that holds {INDEX}")
+    begun = options.resume and (options.out / ACCOUNT).is_file()
+    if not begun and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise MoEAdapterError(f"--out {options.out}: it is not empty; name a new folder, so that no run is overwritten")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
-from transformers import BatchFeature, PreTrainedModel
+from transformers import PreTrainedModel
 
+from examples.echovlm import ranks
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import EvaluationConfig
 from examples.echovlm.tasks import Example
@@ -27,23 +28,21 @@ def answer(
     label: str,
     record: RoutingRecorder | None = None,
 ) -> list[str]:
-    """The model's greedy answers in order; `record` is told which case and organ each row is."""
+    """The model's greedy answers in order, on all processes, each of which answers some of the batches.
+
+    `record` is told which case and organ each row is; it hears them all from the process that calls with one, alone.
+    """
     model.eval()
-    answers: list[str] = []
-    for rows, batch in _batches(examples, collator, config.batch_size, label):
+    batches = [examples[start : start + config.batch_size] for start in range(0, len(examples), config.batch_size)]
+    mine = batches if record is not None else ranks.share(batches)
+    answers: list[list[str]] = []
+    for rows in tqdm(mine, desc=label, leave=False, disable=not ranks.is_main()):
         if record is not None:
             record.batch(case_ids=[row.case_id for row in rows], groups=[row.organ for row in rows])
-        batch = batch.to(model.device)
+        batch = collator.prompts(rows).to(model.device)
         with own_precision(model):
             out = model.generate(**batch, max_new_tokens=config.max_new_tokens, **GREEDY)
         new = out[:, batch["input_ids"].shape[1] :]
-        answers += collator.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() for text in answers]
-
-
-def _batches(
-    examples: Sequence[Example], collator: Collator, size: int, label: str
-) -> Iterator[tuple[Sequence[Example], BatchFeature]]:
-    for start in tqdm(range(0, len(examples), size), desc=label, leave=False):
-        rows = examples[start : start + size]
-        yield rows, collator.prompts(rows)
+        answers.append(collator.processor.tokenizer.batch_decode(new, skip_special_tokens=True))
+    said = answers if record is not None else ranks.in_order(answers)
+    return [text.strip() for texts in said for text in texts]

@@ -15,8 +15,10 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
 )
 
+from examples.echovlm import ranks
 from examples.echovlm.account import Account
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import BaseConfig, RecipeConfig
@@ -66,7 +68,10 @@ def _dtype(path: Path, precision: str) -> str | torch.dtype:
 
 
 def make_base(config: RecipeConfig, data: Data, out: Path, account: Account) -> Path:
-    """Pre-train a small Qwen2-VL on general text and general pictures, and save it with its processor into `out`."""
+    """Pre-train a small Qwen2-VL on general text and general pictures, and save it with its processor into `out`.
+
+    Of several processes each pre-trains the vision tower, all alike, and its share of the rest.
+    """
     base = config.base
     assert base is not None, "checked before the run"
     tokenizer = train_tokenizer(_corpus(data, config), base.vocab_size)
@@ -89,10 +94,15 @@ def make_base(config: RecipeConfig, data: Data, out: Path, account: Account) -> 
     told = ", ".join(f"{name} {value:.0%}" for name, value in accuracy.items())
     account.say(f"the vision tower tells apart cells of {base.tower_pictures} general pictures: {told}")
     general = GeneralData(base, tokenizer, config.image_side, config.seed)
-    train(model, general, Collator(processor, config.max_length), base.pretraining, config, out, account)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+    collator = Collator(processor, config.max_length)
+    train(model, general, collator, base.pretraining, config, out, account, lambda model: _save(model, processor, out))
     return out
+
+
+def _save(model: PreTrainedModel, processor: Qwen2VLProcessor, out: Path) -> None:
+    if ranks.is_main():
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
 
 
 def _corpus(data: Data, config: RecipeConfig) -> Iterator[str]:

@@ -56,6 +56,11 @@ class Collator:
             )
         return batch
 
+    def text(self, example: Example) -> list[int]:
+        """Token ids of prompt and response, in which each image is one token."""
+        prompt = self._render(example.messages(), add_generation_prompt=True)
+        return self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"] + self._response(example)
+
     def _response(self, example: Example) -> list[int]:
         """Token ids of the answer as the chat template writes it, up to the end of the turn.
 

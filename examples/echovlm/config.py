@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ from examples.echovlm.pictures import CELL, LABEL_CLASSES
 from moe_adapter import DualPathConfig, MoEAdapterError
 
 PRESETS = Path(__file__).parent / "presets"
+ACCOUNT = "account.json"  # in a run's folder: what of it is done
 _FORBID_UNKNOWN = ConfigDict(extra="forbid")
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -44,6 +46,15 @@ def _pattern(text: str) -> str:
     except re.error as error:
         raise ValueError(f"got {pattern!r}, expected a regular expression of module names: {error}") from None
     return pattern
+
+
+def _installed(reporter: str) -> str:
+    if importlib.util.find_spec(reporter) is None:
+        raise ValueError(f"got {reporter!r}, which is not installed; pip install {reporter}, or leave it out")
+    return reporter
+
+
+Reporter = Annotated[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], AfterValidator(_installed)]
 
 
 def _dual_path(values: dict[str, Any]) -> dict[str, Any]:
@@ -69,12 +80,47 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
+class StageConfig(TrainingConfig):
+    """One stage. Every `save_steps` steps it leaves a checkpoint to resume from; None leaves none.
+
+    `batching`: "plain" pads a batch's examples to the longest, "grouped" draws them of like lengths, and "packed" puts
+    them into one row.
+    """
+
+    save_steps: PositiveInt | None = None
+    batching: Literal["plain", "grouped", "packed"] = "plain"
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
+class EngineConfig:
+    """What trains a stage on the processes of a launcher; by default each has the whole model (DDP).
+
+    `deepspeed`: "zero2", "zero3", or the path of a DeepSpeed config. `fsdp`: FSDP2. With `offload`, what they spread
+    over the processes waits in the host's memory.
+    """
+
+    deepspeed: str | None = None
+    offload: bool = False
+    fsdp: bool = False
+
+    def __post_init__(self) -> None:
+        known = self.deepspeed in (None, "zero2", "zero3")
+        if not known and not Path(str(self.deepspeed)).is_file():
+            raise ValueError(f"deepspeed: got {self.deepspeed!r}, expected zero2, zero3 or a DeepSpeed config's path")
+        if self.fsdp and self.deepspeed:
+            raise ValueError(f"got deepspeed: {self.deepspeed} and fsdp: true, expected one engine; set one to null")
+        if self.offload and not self.fsdp and self.deepspeed not in ("zero2", "zero3"):
+            raise ValueError("offload: got true, expected it with zero2, zero3 or fsdp; a config of yours says it")
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
 class LoRAConfig:
-    """Stage II's low-rank adapters (Table 8)."""
+    """Stage II's low-rank adapters (Table 8); `learning_rate` is their own, None for that of the stage."""
 
     r: PositiveInt = 8
     alpha: PositiveInt = 16
     dropout: Share = 0.05
+    learning_rate: PositiveFloat | None = None
     target: Annotated[str, AfterValidator(_pattern)]
 
 
@@ -115,9 +161,12 @@ class RecipeConfig:
 
     `image_side`: each frame is resized to about image_side² pixels. `precision`: "bf16" is autocast over float32
     weights that train and a frozen base in its checkpoint's dtype, "fp32" is float32 throughout, "auto" is bf16 where
-    the processor multiplies it natively. `moe`: arguments of `moe_adapter.DualPathConfig`. `instructions`: stage II's
-    tasks, and how often an epoch shows each case's examples of them. `phantoms` and `base` are None where the preset
-    expects the user's own cases and checkpoint; what `base` says of `text` and `vision` only transformers checks.
+    the processor multiplies it natively. `chunked_loss`: the stages never hold a batch's whole logits. `on_nan`: what a
+    loss that is not finite does to the run. `report_to`: where the stages' losses, loads, α and λ go, such as
+    "tensorboard". `moe`: arguments of `moe_adapter.DualPathConfig`. `instructions`: stage
+    II's tasks, and how often an epoch shows each case's examples of them. `phantoms` and `base` are None where the
+    preset expects the user's own cases and checkpoint; what `base` says of `text` and `vision` only transformers
+    checks.
     """
 
     image_side: PositiveInt
@@ -125,11 +174,15 @@ class RecipeConfig:
     precision: Literal["auto", "fp32", "bf16"]
     gradient_checkpointing: bool
     attention: Literal["eager", "sdpa", "flash_attention_2"]
+    chunked_loss: bool
     seed: int
+    engine: EngineConfig
+    on_nan: Literal["stop", "skip"]
+    report_to: tuple[Reporter, ...]
     moe: Annotated[dict[str, Any], AfterValidator(_dual_path)]
     lora: LoRAConfig
-    stage1: TrainingConfig
-    stage2: TrainingConfig
+    stage1: StageConfig
+    stage2: StageConfig
     instructions: dict[Literal["report", "diagnosis", "vqa"], PositiveInt]
     evaluation: EvaluationConfig
     phantoms: PhantomConfig | None = None
@@ -191,5 +244,5 @@ def _describe(error: Any) -> str:
 
 
 def _field_names() -> list[str]:
-    sections = (RecipeConfig, TrainingConfig, LoRAConfig, PhantomConfig, BaseConfig, EvaluationConfig)
+    sections = (RecipeConfig, StageConfig, EngineConfig, LoRAConfig, PhantomConfig, BaseConfig, EvaluationConfig)
     return [item.name for section in sections for item in dataclasses.fields(section)]

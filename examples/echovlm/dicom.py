@@ -38,6 +38,7 @@ OPEN_FILES = {
     "examples_jpeg2k.dcm": OpenFile("dicom-b", "lymph node", (40, 108, 592, 336)),
     "ExplVR_BigEnd.dcm": OpenFile("dicom-d", "unknown", (0, 0, 80, 60)),
 }
+CASES = "dicom.jsonl"
 INSTALL = 'pip install "moe-adapter[echovlm]"'
 
 
@@ -103,7 +104,7 @@ def open_dicom_cases(out_dir: str | os.PathLike[str], *, frames: int = 2) -> lis
                 split="show",
             )
         )
-    write_cases(out / "dicom.jsonl", cases)
+    write_cases(out / CASES, cases)
     return cases
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from examples.echovlm import ranks
 from examples.echovlm.account import Account
 from examples.echovlm.answering import answer
 from examples.echovlm.cases import Case
@@ -20,6 +23,7 @@ from examples.echovlm.general import blocks, general_text
 from examples.echovlm.metrics import METRICS, finding_accuracy, text_scores
 from examples.echovlm.tasks import Example, examples_of
 from examples.echovlm.training import own_precision
+from moe_adapter.directory import replace_file
 
 GENERAL_BLOCKS = 256  # of held-out general text, enough for the second decimal of its loss
 
@@ -46,22 +50,31 @@ class Scored:
 class Evaluator:
     """Evaluates one model after another on the same held-out cases and general text."""
 
-    def __init__(self, data: Data, collator: Collator, config: RecipeConfig, account: Account) -> None:
-        self.cases = data.test
+    def __init__(self, data: Data, collator: Collator, config: RecipeConfig, out: Path, account: Account) -> None:
+        """`out`: the folder of what each evaluation found, by which a resumed run spares itself another."""
+        self.cases, self.out = data.test, out
         self.examples = examples_of(data.test, data.folder, ("report",))
         self.collator, self.config, self.account = collator, config, account
         self.text = blocks(general_text()[1], collator.processor.tokenizer)[:GENERAL_BLOCKS]
 
     def evaluate(self, name: str, model: PreTrainedModel) -> Scored:
         """Greedy reports on the held-out cases, scored, and the loss on general text."""
-        answers = answer(model, self.examples, self.collator, self.config.evaluation, label=f"reports, {name}")
-        return self.score(name, answers, self.general_loss(model))
+
+        def score() -> Scored:
+            answers = answer(model, self.examples, self.collator, self.config.evaluation, label=f"reports, {name}")
+            return self.score(name, answers, self.general_loss(model))
+
+        return self._once(name, score)
 
     def evaluate_shuffled(self, name: str, model: PreTrainedModel) -> Scored:
         """The same with every case's images taken from another case of its organ: what is left was not seen."""
-        examples = shuffle_images(self.examples, self.config.seed)
-        answers = answer(model, examples, self.collator, self.config.evaluation, label=f"shuffled images, {name}")
-        return self.score(f"{name}, images shuffled", answers)
+
+        def score() -> Scored:
+            examples = shuffle_images(self.examples, self.config.seed)
+            answers = answer(model, examples, self.collator, self.config.evaluation, label=f"shuffled images, {name}")
+            return self.score(f"{name}, images shuffled", answers)
+
+        return self._once(f"{name}, images shuffled", score)
 
     def score(self, name: str, answers: Sequence[str], general_loss: float | None = None) -> Scored:
         """Text scores and finding-level accuracy of one answer per held-out case."""
@@ -85,8 +98,21 @@ class Evaluator:
         size = self.config.evaluation.batch_size
         batches = [self.text[start : start + size] for start in range(0, len(self.text), size)]
         with own_precision(model):
-            losses = [float(model(**self.collator(batch).to(model.device)).loss) for batch in batches]
-        return float(np.average(losses, weights=[len(batch) for batch in batches]))
+            losses = [float(model(**self.collator(batch).to(model.device)).loss) for batch in ranks.share(batches)]
+        return float(np.average(ranks.in_order(losses), weights=[len(batch) for batch in batches]))
+
+    def _once(self, name: str, score: Callable[[], Scored]) -> Scored:
+        file = self.out / f"{name}.json"
+        found = ranks.from_main(json.loads(file.read_text()) if ranks.is_main() and file.is_file() else None)
+        if found:
+            scored = Scored(**{**found, "answers": tuple(found["answers"])})
+            self._tell(scored)
+            return scored
+        scored = score()
+        if ranks.is_main():
+            self.out.mkdir(parents=True, exist_ok=True)
+            replace_file(file, json.dumps(asdict(scored), ensure_ascii=False, indent=1).encode())
+        return scored
 
     def _organs(self) -> list[str]:
         return sorted({case.organ for case in self.cases})

@@ -2,49 +2,71 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
+from examples.echovlm import ranks
 from examples.echovlm.account import Account
 from examples.echovlm.answering import answer
 from examples.echovlm.base import load_base, make_base
-from examples.echovlm.config import PresetError, RecipeConfig
+from examples.echovlm.collator import Collator
+from examples.echovlm.config import ACCOUNT, PresetError, RecipeConfig
 from examples.echovlm.data import load_data
 from examples.echovlm.evaluation import Evaluator, most_common_reports
 from examples.echovlm.report import Results, write_results
 from examples.echovlm.routing import record_and_draw
-from examples.echovlm.stages import path_weights, stage1, stage2
-from examples.echovlm.tasks import examples_of
+from examples.echovlm.stages import finished_stage, path_weights, stage1, stage2
+from examples.echovlm.tasks import Example, examples_of
 from moe_adapter import static_only
+from moe_adapter.integrations.checkpoints import remove_checkpoints
+
+STAGES = {1: "Stage I: parameter-isolated pre-training", 2: "Stage II: cooperative instruction fine-tuning"}
 
 
-def run(config: RecipeConfig, *, cases_file: Path | None, base: Path | None, out: Path) -> Path:
-    """The whole recipe into the folder `out`; returns the path of its report.
+def run(
+    config: RecipeConfig, *, cases_file: Path | None, base: Path | None, out: Path, stage1_from: Path | None = None
+) -> Path:
+    """The whole recipe into the folder `out`, or what is left of it there; returns the path of its report.
+
+    `stage1_from`: the folder of a finished stage I, to go on from it.
 
     Raises: MoEAdapterError for a case file, checkpoint or preset that cannot be used.
     """
     _check_complete(config, cases_file, base)
-    account = Account()
-    loaded = load_base(base, config) if base else None  # first, since it may be refused
+    torch.manual_seed(config.seed)
+    account = Account(out / ACCOUNT)
+    account.start(_started_with(config, cases_file=cases_file, base_folder=base, stage1_from=stage1_from))
+    loaded = load_base(base, config) if base else None  # before anything is written, since it may be refused
     with account.step("Cases"):
-        data = load_data(config, cases_file, out, account)
+        data = load_data(config, cases_file, out, account, made=account.finished("Cases"))
     with account.step("Base model"):
-        base = base or make_base(config, data, out / "base", account)
+        if base is None and not account.finished("Base model"):
+            make_base(config, data, out / "base", account)
+        base = base or out / "base"
         model, collator = loaded or load_base(base, config)
-    evaluator = Evaluator(data, collator, config, account)
+        del loaded  # an engine may use the model up
+    fresh = partial(_load_model, base, config)
+    evaluator = Evaluator(data, collator, config, out / "evaluation", account)
     with account.step("Evaluate the base"):
         most_common = evaluator.score("most common report", most_common_reports(data.train, data.test))
         scored = [most_common, evaluator.evaluate("base", model)]
 
-    with account.step("Stage I: parameter-isolated pre-training"):
-        pairs = examples_of(data.train, data.folder, ("report",))
-        stage1(model, pairs, collator, config, out / "stage1", account)
+    pairs = examples_of(data.train, data.folder, ("report",))
+    folder = stage1_from or out / "stage1"
+    model = _stage(1, model, pairs, collator, config, folder, account, fresh, given=stage1_from is not None)
     with account.step("Evaluate stage I"):
         scored.append(evaluator.evaluate("stage I", model))
 
-    with account.step("Stage II: cooperative instruction fine-tuning"):
-        times = config.instructions.items()
-        instructions = [e for task, n in times for e in examples_of(data.train, data.folder, (task,)) * n]
-        model = stage2(model, instructions, collator, config, out / "stage2", account)
+    times = config.instructions.items()
+    instructions = [e for task, n in times for e in examples_of(data.train, data.folder, (task,)) * n]
+    model = _stage(2, model, instructions, collator, config, out / "stage2", account, fresh)
     with account.step("Evaluate stage II"):
         scored.append(evaluator.evaluate("stage II", model))
         shuffled = evaluator.evaluate_shuffled("stage II", model)
@@ -65,6 +87,41 @@ def run(config: RecipeConfig, *, cases_file: Path | None, base: Path | None, out
         shown=list(zip(cases, questions, shown, strict=True)),
     )
     return write_results(out, data, results, account)
+
+
+def _stage(
+    stage: int,
+    model: PreTrainedModel,
+    data: Sequence[Example],
+    collator: Collator,
+    config: RecipeConfig,
+    folder: Path,
+    account: Account,
+    fresh: Callable[[], PreTrainedModel],
+    *,
+    given: bool = False,
+) -> PreTrainedModel:
+    """The model after a stage: trained now, or as the stage left it in `folder` before."""
+    with account.step(STAGES[stage]):
+        if given or account.finished(STAGES[stage]):
+            account.say(f"taken over from {folder}")
+            model = finished_stage(stage, model, config, folder)
+        else:
+            train = {1: stage1, 2: stage2}[stage]
+            model = train(model, data, collator, config, folder, account, fresh)
+    if ranks.is_main() and not given:
+        remove_checkpoints(folder)  # not before the account says that the stage is done
+    return model
+
+
+def _load_model(base: Path, config: RecipeConfig) -> PreTrainedModel:
+    return load_base(base, config)[0]
+
+
+def _started_with(config: RecipeConfig, **paths: Path | None) -> dict[str, Any]:
+    """What a resumed run has to have in common with the one that it goes on with, in JSON's types."""
+    places = {name: path and str(path.resolve()) for name, path in paths.items()}
+    return json.loads(json.dumps({**asdict(config), **places, "processes": ranks.count()}))
 
 
 def _check_complete(config: RecipeConfig, cases_file: Path | None, base: Path | None) -> None:

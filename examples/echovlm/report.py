@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from examples.echovlm import ranks
 from examples.echovlm.account import Account
 from examples.echovlm.cases import Case
 from examples.echovlm.data import Data
@@ -37,6 +38,8 @@ class Results:
 
 def write_results(out: Path, data: Data, results: Results, account: Account) -> Path:
     """Write `report.md` and `results.json` into `out`, print the tables; returns the report's path."""
+    if not ranks.is_main():
+        return out / REPORT
     tables = _tables(results)
     print("\n" + tables)
     parts = [

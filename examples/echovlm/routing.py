@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from examples.echovlm import ranks
 from examples.echovlm.account import Account
 from examples.echovlm.answering import answer
 from examples.echovlm.collator import Collator
@@ -28,10 +29,27 @@ def record_and_draw(
     out: Path,
     account: Account,
 ) -> str | None:
-    """Write `routing.parquet`, `figure5.png` and `figure5.pdf` into `out`; the PNG's name, or None: nothing routed."""
+    """Write `routing.parquet`, `figure5.png` and `figure5.pdf` into `out`; the PNG's name, or None: nothing routed.
+
+    The main process follows all tokens, and the others wait.
+    """
     if all(layer.router is None for layer in dual_path_layers(model).values()):
         account.say("no token is routed, since the preset's num_experts is 0: no record and no Figure 5")
         return None
+    if ranks.is_main():
+        _record_and_draw(model, examples, collator, config, out, account)
+    ranks.wait()
+    return f"{FIGURE}.png"
+
+
+def _record_and_draw(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    collator: Collator,
+    config: RecipeConfig,
+    out: Path,
+    account: Account,
+) -> None:
     with record_routing(model, out / RECORD) as recorder:
         answer(model, examples, collator, config.evaluation, label="routing", record=recorder)
     record = RoutingRecord.open(out / RECORD)
@@ -42,4 +60,3 @@ def record_and_draw(
     evenness = normalised_entropy(load.counts_CE)
     shares = ", ".join(f"{value:.2f}" for value in evenness)
     account.say(f"{record.facts.tokens} tokens of {record.facts.cases} cases; evenness of load by layer: {shares}")
-    return f"{FIGURE}.png"

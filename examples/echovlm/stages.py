@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,8 +16,15 @@ from examples.echovlm.account import Account
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import RecipeConfig
 from examples.echovlm.tasks import Example
-from examples.echovlm.training import train
-from moe_adapter import MoEAdapterError, dual_path_layers, inject_dual_path_moe, save_adapter, set_stage
+from examples.echovlm.training import keep_masters, train
+from moe_adapter import (
+    MoEAdapterError,
+    dual_path_layers,
+    inject_dual_path_moe,
+    load_adapter,
+    save_adapter,
+    set_stage,
+)
 
 # What transformers' vision-language models call their parts; the first that a module's name holds.
 PARTS = {
@@ -33,13 +41,16 @@ def stage1(
     config: RecipeConfig,
     out: Path,
     account: Account,
+    fresh: Callable[[], PreTrainedModel],
 ) -> PreTrainedModel:
-    """Parameter-isolated pre-training: inject, train the MoE blocks alone on image-report pairs, save to `out`."""
+    """Parameter-isolated pre-training: inject, train the MoE blocks alone on image-report pairs, save to `out`.
+
+    `fresh` loads the base once more, for an engine that leaves nothing of it.
+    """
     inject_dual_path_moe(model, **config.moe)
     _tell(account, set_stage(model, 1), data, "only the MoE blocks train, every original parameter is frozen")
-    train(model, data, collator, config.stage1, config, out, account)
-    save_adapter(model, out)
-    return model
+    kept = train(model, data, collator, config.stage1, config, out, account, lambda model: save_adapter(model, out))
+    return model if kept else _anew(1, fresh, config, out)
 
 
 def stage2(
@@ -49,6 +60,7 @@ def stage2(
     config: RecipeConfig,
     out: Path,
     account: Account,
+    fresh: Callable[[], PreTrainedModel],
 ) -> PeftModel:
     """Cooperative instruction fine-tuning of stage I's model: train MoE blocks in full and LoRA, save to `out`.
 
@@ -57,9 +69,28 @@ def stage2(
     tuned = add_lora(model, config)
     places = ", ".join(f"{count} of the {part}" for part, count in lora_places(tuned).items())
     _tell(account, set_stage(tuned, 2), data, f"MoE blocks in full, LoRA on linear maps ({places})")
-    train(tuned, data, collator, config.stage2, config, out, account)
-    save_adapter(tuned, out)
-    return tuned
+    kept = train(tuned, data, collator, config.stage2, config, out, account, lambda model: save_adapter(model, out))
+    return tuned if kept else _anew(2, fresh, config, out)
+
+
+def finished_stage(stage: int, model: PreTrainedModel, config: RecipeConfig, folder: Path) -> nn.Module:
+    """The model as a stage left it in `folder`, its masters in float32 again, on the base or the model of stage I.
+
+    Raises: MoEAdapterError if there is no such adapter, or it is another base's.
+    """
+    if not dual_path_layers(model):
+        inject_dual_path_moe(model, **config.moe)
+    if stage == 2:
+        model = add_lora(model, config)
+    set_stage(model, stage)
+    keep_masters(model)
+    return load_adapter(model, folder)
+
+
+def _anew(stage: int, fresh: Callable[[], PreTrainedModel], config: RecipeConfig, folder: Path) -> nn.Module:
+    """`finished_stage` on a fresh base, which draws no random numbers from those that the next stage starts with."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        return finished_stage(stage, fresh(), config, folder)
 
 
 def add_lora(model: PreTrainedModel, config: RecipeConfig) -> PeftModel:

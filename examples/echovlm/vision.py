@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
+from examples.echovlm import ranks
 from examples.echovlm.config import TrainingConfig
 from examples.echovlm.pictures import LABEL_CLASSES, labelled_picture
 from examples.echovlm.training import use_bf16
@@ -36,7 +37,7 @@ def pretrain_vision(
     steps = pictures // run.batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, run.learning_rate, total_steps=steps, pct_start=0.1)
     logits, labels = None, torch.empty(0)
-    for step in tqdm(range(steps), desc="vision tower", leave=False):
+    for step in tqdm(range(steps), desc="vision tower", leave=False, disable=not ranks.is_main()):
         indices = range(step * run.batch_size, (step + 1) * run.batch_size)
         images, cells = zip(*(labelled_picture(index, side, seed) for index in indices), strict=True)
         inputs = processor.image_processor(images=list(images), return_tensors="pt").to(tower.device)

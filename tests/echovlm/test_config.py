@@ -26,6 +26,7 @@ def test_the_paper_preset_is_table_8() -> None:
         assert (stage.scheduler, stage.warmup_ratio) == ("cosine", 0.03)
     assert (paper.image_side, paper.max_length, paper.precision) == (392, 32768, "bf16")
     assert paper.gradient_checkpointing
+    assert (paper.engine.deepspeed, paper.engine.offload) == ("zero2", False)
     assert paper.base is None
     assert paper.phantoms is None
 
@@ -70,6 +71,18 @@ def test_a_base_of_the_users_takes_any_image_side(tmp_path: Path) -> None:
         ("extends: paper\nstage2: {scheduler: foo}", r"stage2\.scheduler: .*'cosine'.*, got 'foo'"),
         ("extends: tiny\nimage_side: 100", r"image_side: got 100, expected a multiple of 28 up to 448"),
         ("extends: tiny\nimage_side: 476", r"image_side: got 476, expected a multiple of 28 up to 448"),
+        (
+            "extends: paper\nengine: {deepspeed: zero9}",
+            r"engine: deepspeed: got 'zero9', expected zero2, zero3 or a Deep",
+        ),
+        ("extends: paper\nengine: {fsdp: true}", r"engine: got deepspeed: zero2 and fsdp: true, expected one engine"),
+        ("extends: tiny\nengine: {offload: true}", r"engine: offload: got true, expected it with zero2, zero3 or fsdp"),
+        ("extends: paper\non_nan: ignore", r"on_nan: .*'stop' or 'skip', got 'ignore'"),
+        (
+            "extends: paper\nstage1: {batching: packt}",
+            r"stage1\.batching: .*'plain', 'grouped' or 'packed', got 'packt'",
+        ),
+        ("extends: tiny\nbase: {pretraining: {save_steps: 5}}", r"base\.pretraining\.save_steps: unknown field"),
         ("extends: papre", r"unknown preset 'papre': use one of paper, tiny"),
         ("image_side: 112", r"max_length: Field required"),
         ("[1, 2]", r"got list, expected a mapping"),

@@ -7,29 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
+from echovlm.recipe_parts import PRESET
 
 from examples.echovlm import recipe
 from examples.echovlm.__main__ import main
 from examples.echovlm.cases import read_cases
 from moe_adapter.analysis.record import RoutingRecord
-
-PRESET = """
-extends: tiny
-image_side: 56
-phantoms: {cases_per_organ: 3, test_share: 0.4, size: 56}
-base:
-  text: {num_hidden_layers: 2, hidden_size: 48, intermediate_size: 64, num_attention_heads: 4, num_key_value_heads: 2,
-         initializer_range: 0.06, rope_parameters: {mrope_section: [2, 2, 2]}}
-  vision: {depth: 1, embed_dim: 32}
-  tower_pictures: 4
-  tower_pretraining: {batch_size: 2}
-  pictures: 4
-  pretraining: {batch_size: 4, epochs: 0.004}
-moe: {expert_dim: 16, shared_expert_dim: 24}
-stage1: {batch_size: 4, epochs: 0.5}
-stage2: {batch_size: 4, epochs: 0.1}
-evaluation: {batch_size: 16, max_new_tokens: 4}
-"""
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from echovlm.recipe_parts import collator, example, tokenizer
+from echovlm.recipe_parts import TEXT, collator, example, small_config, tokenizer
 from torch import nn
 from transformers import (
     LlavaConfig,
@@ -17,37 +17,22 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from examples.echovlm import training
 from examples.echovlm.account import Account
 from examples.echovlm.answering import answer
 from examples.echovlm.base import build_model, load_base
-from examples.echovlm.config import RecipeConfig, load_preset
+from examples.echovlm.config import load_preset
 from examples.echovlm.stages import add_lora, lora_places, stage1, stage2
-from moe_adapter import DualPathMoE, MoEAdapterError, dual_path_layers
+from moe_adapter import DualPathMoE, MoEAdapterError, dual_path_layers, inject_dual_path_moe, set_stage
+from moe_adapter.integrations.chunked_loss import ChunkedLoss
 
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-}
 STEPS = 12
-
-
-def _config(**changes: object) -> RecipeConfig:
-    """The tiny preset at a minuscule size with the paper's own rate of stage II, in bf16."""
-    tiny = load_preset("tiny")
-    run = dataclasses.replace(tiny.stage2, learning_rate=2e-5, batch_size=1, epochs=1)
-    base = dataclasses.replace(tiny.base, text=TEXT, vision={"depth": 1, "embed_dim": 32, "num_heads": 2})
-    moe = {"expert_dim": 16, "shared_expert_dim": 16}
-    return dataclasses.replace(tiny, base=base, moe=moe, stage1=run, stage2=run, precision="bf16", **changes)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A base whose weights are stored in bf16."""
-    model = build_model(_config().base, tokenizer(), "eager").to(torch.bfloat16)
+    model = build_model(small_config().base, tokenizer(), "eager").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     collator().processor.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
@@ -59,11 +44,12 @@ def _dtypes(model: nn.Module, *, trained: bool) -> set[torch.dtype]:
 
 def test_what_trains_on_a_bf16_base_is_float32_and_moves(checkpoint: Path, tmp_path: Path) -> None:
     """Against bf16 weights as their own masters, of which steps of 2e-5 leave two thirds where they were."""
-    config, account = _config(), Account()
+    config, account = small_config("bf16"), Account()
     model, _ = load_base(checkpoint, config)
     for stage in (stage1, stage2):
         with account.step(stage.__name__):
-            model = stage(model, [example()] * STEPS, collator(), config, tmp_path / stage.__name__, account)
+            data, folder = [example()] * STEPS, tmp_path / stage.__name__
+            model = stage(model, data, collator(), config, folder, account, fresh=lambda: None)
         assert _dtypes(model, trained=True) == {torch.float32}
         assert _dtypes(model, trained=False) == {torch.bfloat16}
         if stage is stage1:
@@ -85,11 +71,12 @@ def test_both_stages_compute_in_bf16_and_evaluation_in_the_bases_dtype(
     monkeypatch.setattr(
         DualPathMoE, "_factors", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or factors(*args)
     )
-    config, account = _config(), Account()
+    config, account = small_config("bf16"), Account()
     model = build_model(config.base, tokenizer(), "eager")
     for stage in (stage1, stage2):
         with account.step(stage.__name__):
-            model = stage(model, [example()], collator(), config, tmp_path / stage.__name__, account)
+            folder = tmp_path / stage.__name__
+            model = stage(model, [example()], collator(), config, folder, account, fresh=lambda: None)
         assert seen == [True]
         seen.clear()
         answer(model, [example()], collator(), config.evaluation, label="")
@@ -109,7 +96,7 @@ def test_both_stages_compute_in_bf16_and_evaluation_in_the_bases_dtype(
 def test_the_base_keeps_its_dtype_where_that_mixes_with_bf16(
     checkpoint: Path, stored: torch.dtype, precision: str, dtype: torch.dtype
 ) -> None:
-    config = dataclasses.replace(_config(), precision=precision)
+    config = small_config(precision)
     build_model(config.base, tokenizer(), "eager").to(stored).save_pretrained(checkpoint)
     model, _ = load_base(checkpoint, config)
     assert _dtypes(model, trained=True) == {dtype}
@@ -118,7 +105,7 @@ def test_the_base_keeps_its_dtype_where_that_mixes_with_bf16(
 def test_a_processor_without_a_chat_template_is_refused(checkpoint: Path) -> None:
     (checkpoint / "chat_template.jinja").unlink()
     with pytest.raises(MoEAdapterError, match="its processor has no chat template, expected one"):
-        load_base(checkpoint, _config())
+        load_base(checkpoint, small_config())
 
 
 def _llava() -> PreTrainedModel:
@@ -138,24 +125,62 @@ def _qwen3_vl() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: build_model(_config().base, tokenizer(), "eager"), (4, 2, 4)),
+        (lambda: build_model(small_config().base, tokenizer(), "eager"), (4, 2, 4)),
         (_qwen3_vl, (2, 0, 4)),  # the paper's pattern is of Qwen2-VL's names
         (_llava, (0, 0, 4)),
     ],
 )
 def test_the_lora_is_told_where_it_sits(make, expected: tuple[int, int, int]) -> None:
-    places = lora_places(add_lora(make(), _config()))
+    places = lora_places(add_lora(make(), small_config()))
     assert (places["vision encoder"], places["projection"], places["language model"]) == expected
 
 
 def test_all_parts_are_told_apart_by_name() -> None:
     everything = dataclasses.replace(load_preset("paper").lora, target=r".*(fc1|linear_1|linear_fc1|q_proj)")
-    config = _config(lora=everything)
+    config = small_config("bf16", lora=everything)
     for make in (_llava, _qwen3_vl):
         assert min(lora_places(add_lora(make(), config)).values()) > 0
 
 
 def test_a_target_that_names_nothing_is_an_error() -> None:
-    config = _config(lora=dataclasses.replace(load_preset("paper").lora, target="nowhere"))
+    config = small_config("bf16", lora=dataclasses.replace(load_preset("paper").lora, target="nowhere"))
     with pytest.raises(MoEAdapterError, match=r"lora\.target of the preset fits no module"):
         add_lora(_llava(), config)
+
+
+@pytest.mark.parametrize("rate", [None, 1e-5])
+def test_moe_blocks_and_lora_are_groups_of_their_own(tmp_path: Path, rate: float | None) -> None:
+    """With one learning rate, or one for the LoRA; nothing decays, and both follow the schedule."""
+    config = small_config(lora=dataclasses.replace(load_preset("paper").lora, learning_rate=rate))
+    model = build_model(config.base, tokenizer(), "eager")
+    inject_dual_path_moe(model, **config.moe)
+    tuned = add_lora(model, config)
+    set_stage(tuned, 2)
+    trainer = training._trainer(tuned, [example()], collator(), config.stage2, config, tmp_path)
+    moe, lora = trainer.create_optimizer().param_groups
+    trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    assert {id(p) for p in lora["params"]} == {id(p) for name, p in trained.items() if "lora_" in name}
+    assert {id(p) for p in moe["params"]} == {id(p) for name, p in trained.items() if "lora_" not in name}
+    assert (moe["lr"], lora["lr"]) == (2e-5, rate or 2e-5)
+    assert moe["weight_decay"] == lora["weight_decay"] == 0
+    trainer.create_scheduler(100).step()
+    assert lora["lr"] / moe["lr"] == pytest.approx((rate or 2e-5) / 2e-5)
+
+
+def test_the_chunked_loss_trains_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks: list[tuple[int, ...]] = []
+    head = ChunkedLoss._head
+    monkeypatch.setattr(ChunkedLoss, "_head", lambda *args: chunks.append(args[1].shape) or head(*args))
+    trained = []
+    for chunked in (False, True):
+        config, account = small_config(run={"learning_rate": 1e-3}, chunked_loss=chunked), Account()
+        torch.manual_seed(0)
+        model = build_model(config.base, tokenizer(), "eager")
+        with account.step("stage1"):
+            stage1(model, [example()] * 4, collator(), config, tmp_path / str(chunked), account, fresh=lambda: None)
+        assert bool(chunks) == chunked
+        trained.append({name: p for name, p in model.named_parameters() if p.requires_grad})
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-3, atol=1e-6, msg=name)
+    answer(model, [example()], collator(), config.evaluation, label="")
+    assert len(chunks) == 4, "in evaluation the model has its own loss back"

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from examples.echovlm.phantom.attributes import ORGANS
-from examples.echovlm.phantom.generate import generate_cases
+from examples.echovlm.phantom.generate import CASES, generate_cases
 
-__all__ = ["ORGANS", "generate_cases"]
+__all__ = ["CASES", "ORGANS", "generate_cases"]

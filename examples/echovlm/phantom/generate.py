@@ -29,6 +29,7 @@ PAINTERS = {
     "heart": heart,
 }
 CHINESE_SHARE = 1 / 3
+CASES = "cases.jsonl"
 
 
 def render(
@@ -88,7 +89,7 @@ def generate_cases(
             cases.append(case)
             if progress:
                 progress(len(cases), cases_per_organ * len(ORGANS))
-    return write_cases(out / "cases.jsonl", cases)
+    return write_cases(out / CASES, cases)
 
 
 def describe(organ: str, number: int, *, seed: int, frames: int, split: str) -> Case:
