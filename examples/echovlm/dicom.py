@@ -113,8 +113,10 @@ def _rgb(frame: np.ndarray, header: Any) -> np.ndarray:
     from pydicom.pixels import processing
 
     if header.PhotometricInterpretation == "PALETTE COLOR":
-        coloured = processing.apply_color_lut(frame, header)
-        return _eight_bits(coloured, 0, 2 ** header.RedPaletteColorLookupTableDescriptor[2] - 1)
+        coloured, bits = processing.apply_color_lut(frame, header), header.RedPaletteColorLookupTableDescriptor[2]
+        if bits == 16 and not header.original_encoding[1]:
+            coloured = coloured.byteswap()  # pydicom reads a big-endian file's table as a little-endian one
+        return _eight_bits(coloured, 0, 2**bits - 1)
     if header.SamplesPerPixel == 3:
         return _eight_bits(frame, 0, 2**header.BitsStored - 1)
     grey = processing.apply_voi_lut(processing.apply_modality_lut(frame, header), header)

@@ -77,6 +77,11 @@ def test_a_base_of_the_users_takes_any_image_side(tmp_path: Path) -> None:
         ),
         ("extends: paper\nengine: {fsdp: true}", r"engine: got deepspeed: zero2 and fsdp: true, expected one engine"),
         ("extends: tiny\nengine: {offload: true}", r"engine: offload: got true, expected it with zero2, zero3 or fsdp"),
+        (
+            "extends: tiny\nreport_to: [mlflow]",
+            r"report_to\.0: got 'mlflow', which is not installed; pip install mlflow",
+        ),
+        ("extends: tiny\nreport_to: [paper]", r"report_to\.0: .*'tensorboard', 'wandb'.*, got 'paper'"),
         ("extends: paper\non_nan: ignore", r"on_nan: .*'stop' or 'skip', got 'ignore'"),
         (
             "extends: paper\nstage1: {batching: packt}",

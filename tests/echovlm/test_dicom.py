@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom.data import get_testdata_file
 
 from examples.echovlm.cases import read_cases
 from examples.echovlm.dicom import OPEN_FILES, DicomError, frames_of, key_frames, open_dicom_cases
@@ -84,6 +85,15 @@ def test_a_big_endian_file_keeps_its_colour_planes() -> None:
     frame = pixels("ExplVR_BigEnd.dcm")[0]
     assert np.median(frame[20:40], axis=(0, 1)).tolist() == [255, 255, 0], "saturated power Doppler"
     assert np.ptp(frame[0, :6], axis=-1).max() == 0, "grey tissue beside the colour box"
+
+
+@pytest.mark.parametrize("frames", ["", "_2frame"])
+def test_a_big_endian_palette_is_the_little_endian_one(frames: str) -> None:
+    found, expected = (
+        np.asarray(frames_of(get_testdata_file(f"OBXXXX1A{coding}{frames}.dcm", download=False), count=1)[0])
+        for coding in ("_expb", "")
+    )
+    assert expected.any() and (found == expected).all()
 
 
 def test_key_frames_of_a_cine_are_spread_and_differ() -> None:

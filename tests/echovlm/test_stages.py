@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from echovlm.recipe_parts import TEXT, collator, example, small_config, tokenizer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import (
     LlavaConfig,
@@ -184,3 +185,15 @@ def test_the_chunked_loss_trains_the_same(tmp_path: Path, monkeypatch: pytest.Mo
         torch.testing.assert_close(trained[1][name], value, rtol=1e-3, atol=1e-6, msg=name)
     answer(model, [example()], collator(), config.evaluation, label="")
     assert len(chunks) == 4, "in evaluation the model has its own loss back"
+
+
+def test_the_stages_report_loads_and_balance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    config, account = small_config(report_to=("tensorboard",)), Account()
+    model = build_model(config.base, tokenizer(), "eager")
+    with account.step("stage1"):
+        stage1(model, [example()] * 2, collator(), config, tmp_path / "stage1", account, fresh=lambda: None)
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    seen = set(board.Tags()["scalars"])
+    assert {f"train/{name}" for name in ("loss", "balance_loss", "expert_load/0/3", "alpha/0", "lambda/0")} <= seen

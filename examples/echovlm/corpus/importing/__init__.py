@@ -1,0 +1,1 @@
+"""Hospital exports and open sets as examinations, a file for each kind of source."""

@@ -1,0 +1,190 @@
+"""The client against a server that answers, stalls, errs, talks nonsense and cuts connections; and its journal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from echovlm.corpus.llm_server import TOKENS, language_model
+
+from examples.echovlm.corpus.client import INVALID, UNANSWERED, BadAnswer, Client, Request, ServerError
+from examples.echovlm.corpus.journal import Journal, JournalError
+
+SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+SOON = {"retry-after-ms": "5"}
+
+
+@dataclass(frozen=True)
+class Word:
+    """A job whose valid answer is an object with a text."""
+
+    number: int
+
+    def request(self, attempt: int) -> Request:
+        messages = [{"role": "user", "content": f"word {self.number}"}]
+        return Request(messages=messages, schema=SCHEMA, seed=10 * self.number + attempt)
+
+    def read(self, text: str) -> str:
+        try:
+            return json.loads(text)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadAnswer(str(error)) from None
+
+
+WORDS = [Word(number) for number in range(12)]
+
+
+@pytest.fixture
+def model():
+    with language_model() as served:
+        yield served
+
+
+@pytest.fixture
+def ask(model, tmp_path):
+    """ask(jobs, **options): the replies of one run on the journal, and the client."""
+
+    def run(jobs=WORDS, **options):
+        with Journal(tmp_path / "answers.jsonl") as journal:
+            client = Client(server=model.server(**options), journal=journal)
+            client.ask(jobs)
+            return [client.reply(job) for job in jobs], client
+
+    return run
+
+
+def test_every_job_is_answered_once_and_several_at_once(model, ask):
+    model.behave = lambda body, asked: model.release.wait(0.02) or "answer"
+    replies, _ = ask(concurrency=4)
+    assert [reply.value for reply in replies] == [f".text by seed {10 * n}" for n in range(12)]
+    assert {reply.model for reply in replies} == {"m-as-served"}
+    assert 1 < model.most_at_once <= 4
+    again, client = ask(concurrency=4)
+    assert again == replies and len(model.asked) == 12 and not client.failures
+    body = model.bodies[0]
+    assert body["response_format"]["json_schema"] == {"name": "answer", "strict": True, "schema": SCHEMA}
+
+
+def test_the_same_request_to_another_address_is_the_same(model):
+    request = Word(1).request(0)
+    here, there = model.server(), model.server(base_url="https://elsewhere/v1", concurrency=2, max_requests=9)
+    assert request.key(here) == request.key(there)
+    others = [model.server(model="n"), model.server(temperature=0.1), model.server(max_tokens=9)]
+    assert len({request.key(server) for server in [here, *others]}) == 4
+
+
+def test_429_is_asked_again_when_it_says(model, ask):
+    model.behave = lambda body, asked: "answer" if asked else (429, {"Retry-After": "1"})
+    (reply,), _ = ask(WORDS[:1])
+    assert reply.value and len(model.asked) == 2
+    assert 1.0 <= model.times[1] - model.times[0] < 3
+
+
+@pytest.mark.parametrize("fault", [(500, SOON), (503, SOON), "cut", "stall"])
+def test_a_fault_is_overcome(model, ask, fault):
+    model.behave = lambda body, asked: "answer" if asked else fault
+    replies, client = ask(WORDS[:3], timeout=0.5)
+    assert all(reply.value for reply in replies) and not client.failures
+    assert set(model.times_asked.values()) == {2}
+    assert model.times[-1] - model.times[0] < 10  # what stalls, does so for 30 s
+
+
+@pytest.mark.parametrize("content", ["no JSON", '{"text": ', "[]", ""])
+def test_an_answer_that_is_not_valid_is_asked_for_with_another_seed(model, ask, content):
+    model.behave = lambda body, asked: content if body["seed"] % 10 < 2 else "answer"
+    replies, _ = ask(WORDS[:2])
+    assert [reply.value for reply in replies] == [".text by seed 2", ".text by seed 12"]
+    assert [reply.seed for reply in replies] == [2, 12]
+    assert set(model.times_asked.values()) == {1} and len(model.asked) == 6
+    replies, _ = ask(WORDS[:3], attempts=2)
+    assert [reply.problem for reply in replies[:2]] == [INVALID, INVALID] and len(model.asked) == 8
+
+
+def test_what_is_no_completion_is_asked_again_by_the_next_run(model, ask):
+    model.behave = lambda body, asked: "not a completion" if body["seed"] == 0 else "answer"
+    replies, client = ask(WORDS[:3])
+    assert [reply.problem for reply in replies] == [UNANSWERED, "", ""] and len(client.failures) == 1
+    model.behave = lambda body, asked: "answer"
+    replies, _ = ask(WORDS[:3])
+    assert all(reply.value for reply in replies) and len(model.asked) == 4
+
+
+def test_a_server_that_answers_nothing_is_left_alone(model, ask):
+    model.behave = lambda body, asked: (500, SOON)
+    replies, client = ask(concurrency=1, retries=1)
+    assert len(client.failures) == 5 and len(model.asked) == 10
+    assert "5 requests in a row" in client.stopped and all(reply.problem == UNANSWERED for reply in replies)
+    assert "HTTP 500" in client.failures[0]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_refuses_ends_the_run(model, ask, status):
+    model.behave = lambda body, asked: (status, {})
+    with pytest.raises(ServerError, match=f"HTTP {status}.*check the URL, the model, the key"):
+        ask(concurrency=1)
+    assert len(model.asked) == 1
+
+
+def test_no_server_at_all(model, ask):
+    _, client = ask(base_url="http://127.0.0.1:9/v1", retries=0, concurrency=1)
+    assert "APIConnectionError" in client.failures[0] and client.stopped
+
+
+def test_the_budget_of_requests_holds_over_runs(model, ask):
+    replies, client = ask(max_requests=5, concurrency=3)
+    assert sum(bool(reply.value) for reply in replies) == 5 == len(model.asked)
+    assert client.stopped == "the budget is spent"
+    ask(max_requests=5)
+    assert len(model.asked) == 5
+    replies, client = ask(max_requests=12)
+    assert all(reply.value for reply in replies) and not client.stopped and len(model.asked) == 12
+
+
+def test_the_budget_of_tokens_is_never_passed(model, ask):
+    """Eight at once, each of which may cost 88: what they may cost is held back until they have said."""
+    model.behave = lambda body, asked: model.release.wait(0.02) or "answer"
+    budget = 5 * TOKENS + 20
+    replies, client = ask(max_total_tokens=budget, max_tokens=TOKENS - 7, concurrency=8)  # 6 or 7 for the message
+    spent = sum(bool(reply.value) for reply in replies) * TOKENS
+    assert 4 * TOKENS <= spent == len(model.asked) * TOKENS <= budget
+    assert client.stopped == "the budget is spent" and not client.failures
+
+
+def test_options_are_checked(model):
+    with pytest.raises(ServerError, match=r"base_url: got 'localhost:1'.*http://localhost"):
+        model.server(base_url="localhost:1")
+    with pytest.raises(ServerError, match="concurrency: got 0"):
+        model.server(concurrency=0)
+
+
+def test_a_journal_survives_a_line_cut_short(tmp_path):
+    path = tmp_path / "j.jsonl"
+    with Journal(path) as journal:
+        for value in (1, 2):
+            journal.append("a", {"value": value})
+        journal.append("b", {"value": "血"})
+    whole = path.read_bytes()
+    for cut in (1, 5, len(whole.splitlines(keepends=True)[-1]) - 1):
+        path.write_bytes(whole[:-cut])
+        with Journal(path) as journal:
+            assert "b" not in journal and journal.get("a") == {"key": "a", "value": 2}
+            journal.append("b", {"value": "血"})
+            assert [record["value"] for record in journal.records()] == [2, "血"]
+        assert path.read_bytes() == whole
+
+
+def test_a_journal_refuses_what_is_none_and_a_second_writer(tmp_path):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"key": "a"}\nnonsense\n{"key": "b"}\n')
+    with pytest.raises(JournalError, match=r"j\.jsonl:2: got no record"):
+        Journal(path)
+    assert path.read_text().count("\n") == 3
+    code = f"import sys, fcntl; f = open({str(path)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(JournalError, match="another process is writing"):
+            Journal(path)
+        other.communicate(b"\n")
