@@ -73,7 +73,7 @@ def effect(
     named = {name: each if isinstance(each, Sequence) else [each] for name, each in interventions.items()}
     groups: dict[str, str] = {}
     sums: dict[str, np.ndarray] = {}  # by case: (1 + interventions, 4), see _runs
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in batches:
             runs = np.stack(list(_runs(model, batch, list(named.values()), answer)), axis=1)
             for case, group, values in zip(batch.case_ids, batch.groups, runs, strict=True):
@@ -153,7 +153,8 @@ def _loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[np.ndarray, np.n
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode; after it each module is in its own again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

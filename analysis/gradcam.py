@@ -22,10 +22,10 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 from moe_adapter.analysis import style
-from moe_adapter.analysis.effects import _evaluating
+from moe_adapter.analysis.effects import evaluating
 from moe_adapter.analysis.figures import letter, panel_grid
 from moe_adapter.errors import MoEAdapterError
-from moe_adapter.find import _nearest
+from moe_adapter.find import nearest
 from moe_adapter.language import inside
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the frame
@@ -73,7 +73,7 @@ def grad_cam(
     full = _with_answer(inputs, answer.to(prompt.device))
     seen_at = torch.tensor(chosen, device=prompt.device) + prompt.shape[1] - 1
     force_eager = torch.compiler.set_stance("force_eager")  # compiled code skips hooks
-    with _evaluating(model), force_eager, _outputs_as_leaves(model.get_submodule(name)) as leaves:
+    with evaluating(model), force_eager, _outputs_as_leaves(model.get_submodule(name)) as leaves:
         logits = model(**full, use_cache=False, logits_to_keep=seen_at).logits[0]
         score = logits.gather(1, full["input_ids"][0, seen_at + 1, None]).float().sum()
         reached = bool(leaves) and score.requires_grad
@@ -255,7 +255,7 @@ def _layer_name(model: nn.Module, layer: str | int) -> str:
         names = [name for name in modules if name == layer or name.endswith("." + layer)]
         if len(names) != 1:
             found = f"{len(names)} modules, {', '.join(names[:3])}, …: name one" if names else "no module"
-            raise MoEAdapterError(f"layer {layer!r} is {found}{'' if names else _nearest(layer, modules)}.")
+            raise MoEAdapterError(f"layer {layer!r} is {found}{'' if names else nearest(layer, modules)}.")
         name = names[0]
     if inside(name, tower_name) and hasattr(tower, "window_size"):  # Qwen2.5-VL
         raise MoEAdapterError(

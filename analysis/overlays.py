@@ -29,17 +29,35 @@ def patch_experts(record: RoutingRecord, case: str, grids: Sequence[Grid], *, la
     Raises:
         MoEAdapterError: the record has no image tokens of that case and layer, or not as many as the grids have.
     """
-    where = (pc.field("case") == case) & (pc.field("modality") == "image") & (pc.field("layer") == layer)
-    parts = [expert_TK[:, 0] for block in record.tokens(where) for _, expert_TK, _ in block.by_layer()]
-    experts = np.concatenate(parts) if parts else np.empty(0, np.int16)
+    return patch_experts_by_layer(record, case, grids, where=pc.field("layer") == layer)[layer]
+
+
+def patch_experts_by_layer(
+    record: RoutingRecord, case: str, grids: Sequence[Grid], *, where: pc.Expression | None = None
+) -> dict[int, list[np.ndarray]]:
+    """`patch_experts` of each layer that passes the filter, in one pass over the record.
+
+    Raises:
+        MoEAdapterError: as `patch_experts`.
+    """
+    image = (pc.field("case") == case) & (pc.field("modality") == "image")
+    chosen: dict[int, list[np.ndarray]] = {}
+    for block in record.tokens(image if where is None else image & where):
+        for layer, expert_TK, _ in block.by_layer():
+            chosen.setdefault(layer, []).append(expert_TK[:, 0])
+    experts = {layer: np.concatenate(parts) for layer, parts in chosen.items()}
     sizes = [rows * columns for rows, columns in grids]
-    if not len(experts) or len(experts) != sum(sizes):
+    found = {len(expert_T) for expert_T in experts.values()}
+    if found != {sum(sizes)}:
         raise MoEAdapterError(
-            f"case {case!r} has {len(experts)} image tokens in layer {layer} of {record.name}, and the grids "
-            f"{list(grids)} have {sum(sizes)}: name a recorded case, and the grids of its frames after merging."
+            f"case {case!r} has {max(found, default=0)} image tokens in {record.name}, and the grids {list(grids)} "
+            f"have {sum(sizes)}: name a recorded case and layer, and the grids of its frames after merging."
         )
-    frames = np.split(experts, np.cumsum(sizes)[:-1])
-    return [frame.reshape(grid) for frame, grid in zip(frames, grids, strict=True)]
+    splits = np.cumsum(sizes)[:-1]
+    return {
+        layer: [frame.reshape(grid) for frame, grid in zip(np.split(expert_T, splits), grids, strict=True)]
+        for layer, expert_T in experts.items()
+    }
 
 
 def expert_map(

@@ -9,7 +9,7 @@ import html
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -22,6 +22,7 @@ from PIL import Image
 
 from moe_adapter.analysis import style
 from moe_adapter.analysis.figures import SERIES
+from moe_adapter.analysis.overlays import patch_experts_by_layer
 from moe_adapter.analysis.reader import RoutingRecord
 from moe_adapter.analysis.resampling import DEFAULT, Resampling
 from moe_adapter.analysis.summary import summary
@@ -103,12 +104,21 @@ def _content(record: RoutingRecord, tables: dict[str, pa.Table]) -> dict[str, An
     }
 
 
-def _columns(table: pa.Table) -> dict[str, list]:
-    """Values by column, floats to six digits."""
+def _columns(table: pa.Table) -> dict[str, Any]:
+    """Values by column: floats to six digits, and text as its different values with an index into them for each row."""
     return {
-        name: [value if not isinstance(value, float) else float(f"{value:.6g}") for value in column.to_pylist()]
+        name: _text(column) if pa.types.is_string(column.type) else list(map(_short, column.to_pylist()))
         for name, column in zip(table.column_names, table.columns, strict=True)
     }
+
+
+def _text(column: pa.ChunkedArray) -> dict[str, list]:
+    coded = column.combine_chunks().dictionary_encode(null_encoding="encode")
+    return {"values": coded.dictionary.to_pylist(), "codes": coded.indices.to_pylist()}
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _cases(record: RoutingRecord, cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -130,30 +140,13 @@ def _case(record: RoutingRecord, case: str, group: str, given: Mapping[str, Any]
             f"case {case!r} has {len(frames)} frames, {len(grids)} grids and the keys {sorted(given)}; expected a grid "
             f"for each frame and keys among {sorted(CASE_KEYS)}."
         )
-    chosen = _first_experts(record, case, grids) if frames else {}
-    shown, start = [], 0
-    for frame, (rows, columns) in zip(frames, grids, strict=True):
-        end = start + rows * columns
-        experts = {layer: numbers[start:end] for layer, numbers in chosen.items()}
+    maps = patch_experts_by_layer(record, case, grids) if frames else {}
+    shown = []
+    for number, (frame, (rows, columns)) in enumerate(zip(frames, grids, strict=True)):
+        experts = {layer: frames_of[number].ravel().tolist() for layer, frames_of in maps.items()}
         shown.append({"image": _data_uri(frame), "rows": rows, "columns": columns, "experts": experts})
-        start = end
     texts = {name: str(text) for name, text in given.get("texts", {}).items()}
     return {"id": case, "group": group, "frames": shown, "texts": texts}
-
-
-def _first_experts(record: RoutingRecord, case: str, grids: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
-    """Layer: the strongest expert of each image token; `patch_experts` of all layers in one pass over the record."""
-    chosen: dict[int, list[int]] = {}
-    for block in record.tokens((pc.field("case") == case) & (pc.field("modality") == "image")):
-        for layer, expert_TK, _ in block.by_layer():
-            chosen.setdefault(layer, []).extend(expert_TK[:, 0].tolist())
-    found, expected = {len(experts) for experts in chosen.values()}, sum(rows * columns for rows, columns in grids)
-    if found != {expected}:
-        raise MoEAdapterError(
-            f"case {case!r} has {max(found, default=0)} image tokens in {record.name}, and the grids {list(grids)} "
-            f"have {expected}: give the grids of its frames after merging."
-        )
-    return chosen
 
 
 def _data_uri(frame: Any) -> str:

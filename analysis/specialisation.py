@@ -66,7 +66,7 @@ def specialisation(
     share of permutations with as much (Phipson & Smyth, 2010), q over all layers, or layers and groups, at once
     (Benjamini & Hochberg, 1995). Groups that differ in their share of images differ for that alone: restrict with
     where=pc.field("modality") == "image". Source: Cover & Thomas (2006), 2.3; OLMoE's domain specialisation,
-    arXiv 2409.02060, section 5.3, is p(expert | group).
+    arXiv 2409.02060, section 5.3, is k·p(expert | group).
 
     Raises:
         MoEAdapterError: fewer than two groups, a case in two groups, or as `expert_load`.

@@ -12,10 +12,12 @@ from moe_adapter.analysis.modality import modality_preference
 from moe_adapter.analysis.paths import path_weights
 from moe_adapter.analysis.reader import RoutingRecord
 from moe_adapter.analysis.resampling import DEFAULT, Resampling
+from moe_adapter.analysis.schema import GENERATED, MODALITIES, PROMPT
 from moe_adapter.analysis.specialisation import specialisation
 from moe_adapter.analysis.statistics import expert_load
 from moe_adapter.analysis.vocabulary import UNKNOWN, Tokenizer, token_specialisation
 
+TEXT = [MODALITIES[PROMPT], MODALITIES[GENERATED]]
 ALL_CELLS = ("layer", "group", "modality")  # whose sums are every load that figures and pages show
 
 
@@ -26,8 +28,8 @@ def summary(
 
     "load" (counts by layer, group and modality) and "paths" are there for every record; of one with cases, also
     "shares" and "balance" (by layer and group), "modality", "coactivation", "ranks"; "tokens" (the `top` of each
-    expert) where token ids are known; "specialisation" and "specialisation_groups" where there are two groups or more,
-    one a case; "confidence" where no layer is top-1.
+    expert, placeholders of images left out) where token ids are known; "specialisation" and "specialisation_groups"
+    where there are two groups or more, one a case; "confidence" where no layer is top-1.
 
     Raises:
         MoEAdapterError: layers have different numbers of experts.
@@ -42,8 +44,9 @@ def summary(
         "coactivation": coactivation(record).to_table(),
         "ranks": rank_load(record).to_table(),
     }
-    if len(record.count(["token_id"], pc.field("token_id") != UNKNOWN)):
-        tables["tokens"] = token_specialisation(record).top(top).to_table(tokenizer)
+    text = pc.field("modality").isin(TEXT)
+    if len(record.count(["token_id"], text & (pc.field("token_id") != UNKNOWN))):
+        tables["tokens"] = token_specialisation(record, where=text).top(top).to_table(tokenizer)
     if all(layer.top_k != 1 for layer in record.facts.layers):
         tables["confidence"] = confidence(record, by=("layer", "group"), resampling=resampling).to_table()
     units = record.count(["case", "group"])

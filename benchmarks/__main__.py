@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import dispatch, measure, page
+from benchmarks import dispatch, measure, page, recording
 from benchmarks.gate import GateError
 from benchmarks.shapes import FINE, LARGE, SMALL, TOY, Shape
 from moe_adapter.backends import doctor
@@ -77,6 +77,7 @@ def run(seconds: float, figure: Path, *, toy: bool) -> str:
     )
     add(_memory(large, small, dtypes, device))
     add(_rest(small, large if cuda else small, like, ["auto", "grouped_mm", "eager"], seconds))
+    add(_recording(small, like, seconds))
     sweeps = _sweeps(fine, like, backends, seconds / 4, toy=toy)
     page.scaling_figure(sweeps, figure)
     image = f"![Training step over the ideal]({figure.name})"
@@ -104,6 +105,17 @@ def _rest(small: Shape, shape: Shape, like: torch.Tensor, backends: list[str], s
         f"## Router and whole step\n\nThe router takes {router:.1%} of the layer's forward ({shape.layer}). Sorting, "
         f"gathering rows and combining take {share:.1%} of its training step with `{backend}`, which `auto` is here. A "
         f"training step of a two-layer Qwen2 of hidden {small.hidden}, over `auto`'s: {cells}.\n"
+    )
+
+
+def _recording(shape: Shape, like: torch.Tensor, seconds: float) -> str:
+    times = recording.recording_times(shape, like, seconds)
+    plain = times.pop(recording.PLAIN)
+    cells = (f"`{name}` {t.median / plain.median:.3f} ± {t.spread / plain.median:.3f}" for name, t in times.items())
+    return (
+        f"## Recording\n\n{recording.FORWARDS} forwards of a Qwen2 of {recording.LAYERS} layers, hidden "
+        f"{shape.hidden}, {shape.tokens} tokens, over the same forwards alone "
+        f"(± {plain.spread / plain.median:.3f}): {', '.join(cells)}.\n"
     )
 
 

@@ -83,10 +83,7 @@ class DualPathMixin:
             return
         summary, details = self._statistics.read()
         super().log({**logs, **summary}, *args, **kwargs)  # pyright: ignore
-        reporters = tuple(INTEGRATION_TO_CALLBACK.values())
-        for callback in self.callback_handler.callbacks:  # pyright: ignore
-            if isinstance(callback, reporters):
-                callback.on_log(self.args, self.state, self.control, logs=dict(details), model=self.model)  # pyright: ignore
+        report(self, details)  # pyright: ignore
 
 
 class DualPathTrainer(DualPathMixin, Trainer):
@@ -145,6 +142,14 @@ class RoutingStatistics:
                     stacklevel=2,
                 )
             (self._warned.add if collapsed else self._warned.discard)((i, e))
+
+
+def report(trainer: Trainer, values: dict[str, float]) -> None:
+    """Give values to the trainer's reporters alone (TensorBoard, W&B, …), and not to its log."""
+    reporters = tuple(INTEGRATION_TO_CALLBACK.values())
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, reporters):
+            callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(values), model=trainer.model)
 
 
 def _over_ranks(total: torch.Tensor) -> torch.Tensor:

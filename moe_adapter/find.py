@@ -56,7 +56,7 @@ def find_sites(model: nn.Module, target: Target) -> list[Site]:
     modules = dict(model.named_modules())
     names = [name for name, module in modules.items() if name and _matches(target, name, module)]
     if not names:
-        raise MoEAdapterError(f"target {target!r} matches no module{_nearest(target, modules)}.")
+        raise MoEAdapterError(f"target {target!r} matches no module{nearest(target, modules)}.")
     outermost = [name for name in names if not any(name.startswith(other + ".") for other in names)]
     _refuse_mixtures(model, [mixture for mixture in find_mixtures(model) if any(map(mixture.touches, outermost))])
     return _unique(site for name in outermost for site in _sites_at(model, name))
@@ -215,7 +215,8 @@ def _warn_guessed(kind: str, activation: str) -> None:
     )
 
 
-def _nearest(target: Target, modules: dict[str, nn.Module]) -> str:
+def nearest(target: Target, modules: dict[str, nn.Module]) -> str:
+    """The end of an error's sentence: module names like a target that names none, or nothing."""
     if not isinstance(target, str):
         return ""
     last = {name.rpartition(".")[2]: name for name in modules if name}

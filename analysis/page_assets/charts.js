@@ -13,7 +13,6 @@ const heat = {
   scale: { scheme: "cividis", domainMin: 0 },
   legend: { format: ".0%", gradientLength: 140 },
 };
-const share = { field: "share", type: "quantitative", format: ".1%" };
 /** A line where the chosen layer is. */
 const chosen = (layer) =>
   layer === null
@@ -37,13 +36,12 @@ function lines(fields, y, layer, more = []) {
       ...chosen(layer),
       {
         transform: [{ fold: names }, { filter: "isValid(datum.value)" }],
-        mark: { type: "line", point: { size: 45, filled: true } },
+        mark: { type: "line", point: { size: 45, filled: true }, cursor: "pointer" },
         encoding: {
           x: layerAxis,
           y: { field: "value", type: "quantitative", title: y },
           color: { ...look, scale: { domain: names, range: ["#0072B2", "#D55E00", "#009E73"] } },
           shape: { ...look, scale: { domain: names, range: ["circle", "square", "triangle-up"] } },
-          tooltip: [{ field: "layer" }, { field: "value", type: "quantitative", format: ".4~g", title: y }],
         },
       },
       ...more,
@@ -51,6 +49,7 @@ function lines(fields, y, layer, more = []) {
   };
 }
 
+const panelWidth = experts > 24 ? 480 : Math.max(110, experts * 26);
 const charts = [
   {
     id: "load",
@@ -68,11 +67,11 @@ const charts = [
     },
     spec: ({ unit }) => ({
       facet: { field: "group", type: "nominal", title: null, sort: [...data.groups, ALL] },
-      columns: Math.max(1, Math.floor((byId("charts").clientWidth - 60) / (Math.min(experts, 24) * 26 + 90))),
+      columns: Math.max(1, Math.floor((byId("charts").clientWidth - 60) / (panelWidth + 90))),
       spec: {
-        width: Math.max(110, Math.min(experts, 24) * 26),
+        width: panelWidth,
         height: 130,
-        mark: { type: "bar", stroke: "#444", strokeWidth: experts > 24 ? 0 : 0.7 },
+        mark: { type: "bar", cursor: "pointer", stroke: "#444", strokeWidth: experts > 24 ? 0 : 0.7 },
         encoding: {
           x: { field: "expert", ...expertAxis },
           y: {
@@ -88,13 +87,6 @@ const charts = [
             legend: { orient: "top" },
             scale: { domain: used.map((s) => s.name), range: used.map((s) => s.colour) },
           },
-          tooltip: [
-            { field: "group" },
-            { field: "expert" },
-            { field: "input" },
-            { field: "count", type: "quantitative", format: ",", title: "routed tokens" },
-            share,
-          ],
         },
       },
       resolve: {
@@ -108,7 +100,7 @@ const charts = [
     title: "Load by layer",
     note: () =>
       "Share of each layer's routed tokens, for the chosen group and modality. Click a cell to choose its layer.",
-    rows: ({ group, modality }) => sum(keep(rowsOf("load"), { group, modality }), ["layer", "expert"], ["layer"]),
+    rows: ({ group, modality }) => sum("load", { group, modality }, ["layer", "expert"], ["layer"]),
     columns: {
       layer: ["layer", plain],
       expert: ["expert", plain],
@@ -120,17 +112,11 @@ const charts = [
       height: 210,
       layer: [
         {
-          mark: "rect",
+          mark: { type: "rect", cursor: "pointer" },
           encoding: {
             x: layerBand,
             y: { field: "expert", ...expertAxis, sort: "descending" },
             color: { field: "share", ...heat, title: "share" },
-            tooltip: [
-              { field: "layer" },
-              { field: "expert" },
-              { field: "count", type: "quantitative", format: ",", title: "routed tokens" },
-              share,
-            ],
           },
         },
         ...(layer === null
@@ -169,11 +155,6 @@ const charts = [
             size: { condition: { test: "datum.sure", value: 130 }, value: 0 },
             x: layerAxis,
             y: { field: "bits", type: "quantitative" },
-            tooltip: [
-              { field: "layer" },
-              { field: "bits", type: "quantitative", format: ".4~g" },
-              { field: "q", type: "quantitative", format: ".2~g" },
-            ],
           },
         },
       ]),
@@ -198,12 +179,6 @@ const charts = [
         x: { field: "other", ...expertAxis, title: "with expert" },
         y: { field: "expert", ...expertAxis },
         color: { field: "share", ...heat, title: "share" },
-        tooltip: [
-          { field: "expert" },
-          { field: "other", title: "with" },
-          { field: "count", type: "quantitative", format: "," },
-          share,
-        ],
       },
     }),
   },
@@ -238,4 +213,4 @@ const charts = [
       share: ["share", percent],
     },
   },
-].filter((chart) => chart.rows({ group: null, layer: null, modality: null }).length); // what the record does not have
+];

@@ -1,4 +1,4 @@
-// The page: filters, tables and cases. Text of the data goes in by textContent and Vega's SVG alone, never as HTML.
+// The page: filters, tables and cases. Text of the data goes in by textContent and Vega's marks alone, never as HTML.
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -7,16 +7,14 @@ function element(name, properties = {}, ...children) {
 }
 
 /** A table of rows; columns: field → [heading, format]. */
-function tableOf(rows, columns, caption) {
+function tableOf(rows, columns, caption, all = rows.length) {
   const fields = Object.keys(columns).filter((field) => rows.some((row) => row[field] !== undefined));
   const kind = (field) => (typeof rows[0][field] === "number" ? "number" : "");
   const heading = (field) => element("th", { scope: "col", className: kind(field), textContent: columns[field][0] });
   const cell = (row, field) =>
     element("td", { className: kind(field), textContent: row[field] === null ? "–" : columns[field][1](row[field]) });
   const count =
-    rows.length > MOST_ROWS
-      ? `the first ${MOST_ROWS} of ${whole(rows.length)} rows; filters show others`
-      : `${whole(rows.length)} rows`;
+    all > MOST_ROWS ? `the first ${MOST_ROWS} of ${whole(all)} rows; filters show others` : `${whole(all)} rows`;
   return element(
     "table",
     {},
@@ -30,8 +28,7 @@ function tableOf(rows, columns, caption) {
   );
 }
 
-const tableOrWords = (rows, columns, caption) =>
-  rows.length ? tableOf(rows, columns, caption) : "Nothing recorded for this choice.";
+const tableOrWords = (rows, ...more) => (rows.length ? tableOf(rows, ...more) : "Nothing recorded for this choice.");
 
 /** Options whose values are indices, so that any text can be one; the first is "all" where it has a name. */
 function fill(select, values, all, label = String) {
@@ -44,7 +41,7 @@ const choose = (select, value) => {
   select.value = value === null ? "" : select.values.indexOf(value);
 };
 
-const recorded = [...new Set(data.tables.load.modality)];
+const recorded = data.tables.load.modality.values;
 const used = data.series.filter(({ modalities }) => modalities.some((m) => recorded.includes(m)));
 const words = { prompt: "text, prompt", generated: "text, generated" };
 const selects = Object.fromEntries(["group", "layer", "modality"].map((name) => [name, byId(name)]));
@@ -58,7 +55,10 @@ function currentState() {
   return { group, layer, modality, unit: byId("unit").value };
 }
 
-for (const chart of charts) {
+for (const chart of charts) chart.rows = remembered(chart.rows);
+const shown = charts.filter((chart) => chart.rows(currentState()).length); // the record may lack what one shows
+
+for (const chart of shown) {
   chart.view = element("div", { className: "chart" });
   chart.caption = element("p", { className: "note" });
   chart.table = element("div", {
@@ -92,22 +92,48 @@ function showTable(chart, state) {
   chart.table.replaceChildren(tableOrWords(chart.rows(state), chart.columns, chart.title));
 }
 
+/** Vega's colours are the page's: light or dark, in SVG and on a canvas. */
+function look() {
+  const page = getComputedStyle(document.documentElement);
+  const [ink, line, quiet] = ["--ink", "--line", "--quiet"].map((name) => page.getPropertyValue(name).trim());
+  const text = { labelColor: ink, titleColor: ink };
+  const axis = { ...text, gridColor: line, domainColor: quiet, tickColor: quiet };
+  return {
+    aria: false, // the description is for the whole; the table has the numbers
+    mark: { tooltip: { content: "data" } },
+    background: null,
+    font: "system-ui, sans-serif",
+    view: { stroke: null },
+    axis,
+    legend: text,
+    header: text,
+  };
+}
+
+/** What the table says of a mark; Vega puts it in as HTML, so text goes through `escape`. */
+function tooltipOf(columns, datum, escape) {
+  const rows = Object.entries(columns)
+    .filter(([field]) => datum[field] !== undefined && datum[field] !== null)
+    .map(([field, [heading, format]]) => [heading, format(datum[field])]);
+  const cells = ([heading, text]) => `<td class="key">${escape(heading)}</td><td class="value">${escape(text)}</td>`;
+  return `<table>${rows.map((row) => `<tr>${cells(row)}</tr>`).join("")}</table>`;
+}
+
 /** Draws a chart whose rows or specification changed. */
 async function draw(chart, state) {
-  chart.caption.textContent = chart.note(state);
-  showTable(chart, state);
-  if (!chart.spec) return;
+  const rows = chart.rows(state);
   const description = `${chart.title}, chart; the same numbers are in the table below it.`;
-  const config = { aria: false, background: null, view: { stroke: null }, font: "system-ui, sans-serif" };
-  const spec = { ...chart.spec(state), description, config, data: { values: chart.rows(state) } };
+  const spec = { ...chart.spec(state), description, config: look(), data: { values: rows } };
   const text = JSON.stringify(spec);
   if (text === chart.text) return;
   chart.text = text;
   chart.view.style.minHeight = `${chart.view.offsetHeight}px`; // so that the page does not jump
   chart.vega?.finalize();
-  chart.vega = await vegaEmbed(chart.view, spec, { mode: "vega-lite", actions: false, renderer: "svg", ast: true });
+  const renderer = rows.length > MOST_SHAPES ? "canvas" : "svg";
+  const tooltip = { formatTooltip: (datum, escape) => tooltipOf(chart.columns, datum, escape) };
+  chart.vega = await vegaEmbed(chart.view, spec, { mode: "vega-lite", actions: false, renderer, ast: true, tooltip });
   chart.vega.view.addEventListener("click", (_, item) => item?.datum && follow(item.datum));
-  chart.view.style.minHeight = "";
+  chart.view.style.minHeight = "0";
 }
 
 /** A click on a mark sets the filters that the mark has a value for; a second click takes them back. */
@@ -120,7 +146,7 @@ function follow(datum) {
 }
 
 function showStatus(state) {
-  const cells = sum(keep(rowsOf("load"), state), ["expert"], []).sort((a, b) => b.count - a.count);
+  const cells = sum("load", state, ["expert"], []).sort((a, b) => b.count - a.count);
   const total = cells.reduce((n, cell) => n + cell.count, 0);
   const even = evenness(cells.map((cell) => cell.share)).toFixed(3);
   const of = Object.values(selects)
@@ -131,16 +157,38 @@ function showStatus(state) {
     : `${whole(total)} routed tokens: ${of}. Expert ${cells[0].expert} got most, ${percent(cells[0].share)}; evenness ${even}.`;
 }
 
+let turn = 0;
 let drawn = Promise.resolve(); // one drawing at a time: a chart that is being made takes no rows yet
 function show() {
   const state = currentState();
+  const mine = ++turn;
   showStatus(state);
   showAllTables(state);
   showCases(state);
-  const mine = drawn.then(() => Promise.all(charts.map((chart) => draw(chart, state))));
-  drawn = mine;
+  for (const chart of shown) {
+    chart.caption.textContent = chart.note(state);
+    showTable(chart, state);
+  }
   byId("charts").ariaBusy = "true";
-  mine.then(() => (byId("charts").ariaBusy = String(mine !== drawn)));
+  drawn = drawn.then(() => drawAll(state, () => mine === turn));
+}
+
+/** Draws the charts in view, then the others one by one: in between the page is painted, and the reader has a turn. */
+async function drawAll(state, isLatest) {
+  const waiting = new Set(shown.filter((chart) => chart.spec));
+  const next = () => [...waiting].find((chart) => isInView(chart.view)); // drawing one may push others out of view
+  for (let chart; isLatest() && (chart = next()); waiting.delete(chart)) await draw(chart, state);
+  if (isLatest()) byId("charts").ariaBusy = "false";
+  for (const chart of waiting) {
+    await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+    if (!isLatest()) return;
+    await draw(chart, state);
+  }
+}
+
+function isInView(part) {
+  const { top, bottom } = part.getBoundingClientRect();
+  return top < innerHeight && bottom > 0;
 }
 
 // ---- every table of the summary
@@ -158,16 +206,20 @@ fill(byId("table"), Object.keys(data.tables), null, label);
 
 function showAllTables(state) {
   const name = valueOf(byId("table"));
-  const rows = keep(rowsOf(name), state);
+  const picked = pick(name, state);
+  const rows = rowsOf(name, picked.slice(0, MOST_ROWS));
   const columns = Object.fromEntries(
     Object.keys(data.tables[name]).map((field) => [field, [field.replaceAll("_", " "), plain]]),
   );
-  byId("table-view").replaceChildren(tableOrWords(rows, columns, label(name)));
+  byId("table-view").replaceChildren(tableOrWords(rows, columns, label(name), picked.length));
 }
 
 // ---- cases
 
-const shownCases = () => keep(data.cases, { group: currentState().group });
+function shownCases() {
+  const { group } = currentState();
+  return data.cases.filter((shown) => group === null || shown.group === group);
+}
 fill(byId("overlay-layer"), layers, null);
 
 function showCases({ layer }) {
@@ -231,6 +283,7 @@ const { model, cases, tokens } = data.facts;
 byId("facts").textContent =
   `${model}: ${whole(tokens)} tokens, ${whole(cases)} cases, ${layers.length} layers of ${experts} experts.`;
 byId("filters").addEventListener("change", show);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
 byId("filters").addEventListener("submit", (event) => event.preventDefault());
 byId("filters").addEventListener("reset", () => setTimeout(show));
 byId("table").addEventListener("change", () => showAllTables(currentState()));

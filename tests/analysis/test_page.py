@@ -167,7 +167,7 @@ def test_charts_draw_what_the_tables_say(small, report, opened):
     heights = bars.evaluate_all("bars => bars.map(bar => bar.getBoundingClientRect().height - 0.7)")
     unit = sum(heights) / sum(expected.values())
     assert sorted(round(height / unit) for height in heights if height > 1) == sorted(expected.values())
-    assert page.locator("#layers .chart svg").count() == 1
+    page.locator("#layers .chart svg").wait_for()
     specialised = table(page, "specialisation")
     assert [row[0] for row in specialised] == ["0", "1"] and all(0 < float(row[4]) <= 1 for row in specialised)
     assert [row[2] for row in table(page, "paths")] == ["0.5", "0.6"]
@@ -219,6 +219,10 @@ def test_text_of_the_data_stays_text(report, opened):
     choose(page, group=EVIL)
     page.get_by_label("Table", exact=True).select_option(label="load")
     assert EVIL in page.inner_text("#case-view") and EVIL in page.inner_text("#table-view")
+    page.locator("#load .chart .mark-rect path").first.hover()
+    tooltip = page.locator("#vg-tooltip-element.visible")
+    tooltip.wait_for()
+    assert EVIL in tooltip.inner_text() and "routed tokens" in tooltip.inner_text()
     assert page.title() == f"Demo {EVIL}" == page.inner_text("h1")
     assert page.evaluate("window.evil") is None
     assert page.locator("img[src=x]").count() == 0
@@ -278,6 +282,69 @@ def test_keyboard_and_screen_reader(report, opened):
         )
 
 
+def test_many_experts_are_drawn_on_a_canvas(written, drawn, opened, tmp_path):
+    """In the page's colours, light and dark, and clicked as the others are; the charts below are drawn unasked."""
+    rng = np.random.default_rng(0)
+    experts = [drawn(rng, rng.normal(0, 0.5, 64), (40, 40), 4) for _ in range(4)]
+    record = written(experts, groups=["liver", "heart"] * 2, modalities=[np.repeat([1, 0], 20)] * 4, num_experts=64)
+    path = write_report(record, tmp_path / "many.html", resampling=QUICK)
+    page = opened(path, viewport={"width": 900, "height": 500})
+    canvas = page.locator("#layers .chart canvas")
+    canvas.wait_for()
+    words = """shown => {
+        const pen = new OffscreenCanvas(14, 100).getContext("2d", { willReadFrequently: true });
+        pen.drawImage(shown, 0, -20);
+        return [...pen.getImageData(0, 0, 14, 100).data];
+    }"""  # the axis' title and labels
+
+    def brightest() -> int:
+        pixels = np.array(canvas.evaluate(words)).reshape(-1, 4)
+        return int(pixels[pixels[:, 3] > 250, :3].max(initial=0))
+
+    assert brightest() < 80
+    page.emulate_media(color_scheme="dark")
+    deadline = time.monotonic() + 5
+    while brightest() < 200:
+        assert time.monotonic() < deadline
+    canvas.click(position={"x": 120, "y": 100})
+    page.locator("#status", has_text=re.compile("all groups, [0-9]+: layers")).wait_for()
+    layer = int(re.search(r"(\d+): layers", page.locator("#status").text_content())[1])
+    choose(page, group="liver")
+    assert shown_counts(page) == counts(record, group="liver", layer=layer)
+    page.locator("#coactivation .chart canvas").wait_for()
+
+
+def test_tokens_are_words_not_placeholders(written, opened, tmp_path):
+    experts = [np.tile([0, 1], (60, 1, 1))] * 2
+    modalities, ids = [np.repeat([IMAGE, PROMPT, GENERATED], 20)] * 2, [np.repeat([99, 7, 8], 20)] * 2
+    record = written(experts, modalities=modalities, token_ids=ids)
+    page = opened(write_report(record, tmp_path / "tokens.html", resampling=QUICK))
+    rows = [row.locator("td").all_text_contents() for row in page.locator("#tokens tbody tr").all()]
+    assert [(expert, id) for expert, _, id, *_ in rows] == [("0", "7"), ("0", "8"), ("1", "7"), ("1", "8")]
+
+
+@pytest.mark.slow
+def test_opens_in_two_seconds_for_many_experts(written, drawn, opened, tmp_path):
+    """48 layers of 128 experts, top-8, five groups: 92,160 counts of load and 390,144 pairs of experts."""
+    rng = np.random.default_rng(0)
+    experts = [drawn(rng, rng.normal(0, 0.5, 128), (260, 48), 8) for _ in range(10)]
+    modalities = [np.repeat([IMAGE, PROMPT, GENERATED], [156, 78, 26])] * 10
+    groups = [f"group {n % 5}" for n in range(10)]
+    record = written(experts, groups=groups, modalities=modalities, num_experts=128)
+    path = write_report(record, tmp_path / "many.html", resampling=QUICK)
+    assert best_opening(opened, path) < 2
+
+
+def best_opening(opened, path: Path) -> float:
+    """Seconds, the best of three: other work on the machine is not the page's."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        opened(path)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 def test_opens_in_two_seconds_for_a_million_rows(written, drawn, opened, tmp_path):
     """28 layers of 4 experts, eight groups, three modalities: the page holds 672 cells of 4 counts."""
     rng = np.random.default_rng(0)
@@ -287,12 +354,7 @@ def test_opens_in_two_seconds_for_a_million_rows(written, drawn, opened, tmp_pat
     assert record.dataset.count_rows() >= 10**6
     path = write_report(record, tmp_path / "large.html", resampling=QUICK)
     assert path.stat().st_size < 3e6
-    seconds = []
-    for _ in range(3):  # the best of three: other work on the machine is not the page's
-        start = time.perf_counter()
-        opened(path)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2
+    assert best_opening(opened, path) < 2
 
 
 def test_a_record_of_counts_and_one_of_top_1(vlm, text_batch, written, opened, tmp_path):

@@ -1,6 +1,8 @@
-"""Overlap of the same tokens' experts over checkpoints, however the files are cut."""
+"""Overlap of the same tokens' experts over checkpoints, however the files are cut; a folder of snapshots; the curve."""
 
 from __future__ import annotations
+
+import shutil
 
 import numpy as np
 import pyarrow.compute as pc
@@ -11,6 +13,7 @@ import zoo
 
 from moe_adapter import MoEAdapterError
 from moe_adapter.analysis.saturation import saturation
+from moe_adapter.analysis.snapshots import open_snapshots, saturation_curve, snapshot_path
 
 GENERATED = 4
 
@@ -78,6 +81,40 @@ def test_a_model_in_training(text_batch, record, tmp_path):
         torch.nn.init.normal_(model.model.layers[1].mlp.gate.weight)
     found = saturation(records).saturation_SL.value
     assert (found[:, 0] == 1).all() and (found[:, 1] < 1).all()
+
+
+def test_a_folder_of_snapshots(checkpoints, tmp_path):
+    """In order of step, not of name; the parts of processes are one record, and one that lacks a part is none."""
+    folder = tmp_path / "routing"
+    folder.mkdir()
+    for step, record in zip((2, 9_000_000, 10_000_000), checkpoints.values(), strict=True):
+        record.paths[0].rename(snapshot_path(folder, step))
+    for rank in range(11):
+        shutil.copy(snapshot_path(folder, 2), snapshot_path(folder, 5, rank=rank, ranks=11))
+    shutil.copy(snapshot_path(folder, 2), snapshot_path(folder, 7, rank=1, ranks=2))
+    shutil.copy(snapshot_path(folder, 2), folder / "step-000008.parquet.bak")
+    with pytest.warns(UserWarning, match=r"step 7 in .* has 1 parts of 2"):
+        records = open_snapshots(folder)
+    assert list(records) == ["2", "5", "9000000", "10000000"]
+    assert [path.name for path in records["5"].paths] == [f"step-000005.{rank}-of-11.parquet" for rank in range(11)]
+    assert records["5"].facts.tokens == 11 * records["2"].facts.tokens
+    with pytest.raises(MoEAdapterError, match="no snapshot in"):
+        open_snapshots(tmp_path / "absent")
+
+
+def test_the_curve_draws_what_was_found(checkpoints):
+    found = saturation(checkpoints)
+    ax, bar = saturation_curve(found).axes
+    curves = ax.lines[:2]
+    assert [line.get_xdata().tolist() for line in curves] == [[1, 2]] * 2
+    np.testing.assert_array_equal([line.get_ydata() for line in curves], found.saturation_SL.value.T)
+    assert [line.get_ydata()[0] for line in ax.lines[2:]] == [0.5] and bar.get_ylabel() == "layer"
+    bands = [band.get_paths()[0].vertices[:, 1] for band in ax.collections]
+    assert [(band.min(), band.max()) for band in bands] == list(
+        zip(found.saturation_SL.low.min(axis=0), found.saturation_SL.high.max(axis=0), strict=True)
+    )
+    named = saturation_curve(saturation({f"epoch {name}": record for name, record in checkpoints.items()})).axes[0]
+    assert [label.get_text() for label in named.get_xticklabels()] == ["epoch 1", "epoch 2"]
 
 
 def test_errors(checkpoints, written):
