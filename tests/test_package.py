@@ -144,7 +144,7 @@ def imported_libraries(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("analysis", ["analysis", "transformers"]), ("examples/echovlm", ["echovlm", "ray"]), ("tests", ["dev"])],
+    [("analysis", ["analysis", "transformers"]), ("examples/echovlm", ["echovlm", "ray", "chat"]), ("tests", ["dev"])],
 )
 def test_imported_libraries_are_declared(folder: str, extras: list[str]) -> None:
     assert imported_libraries(ROOT / folder) <= set().union(*map(declared_libraries, extras))

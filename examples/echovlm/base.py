@@ -1,4 +1,4 @@
-"""The base model: a small general Qwen2-VL made here, or the user's own checkpoint."""
+"""The base model: a small general one made here, or the user's own checkpoint."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     PreTrainedModel,
+    ProcessorMixin,
     Qwen2Tokenizer,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLProcessor,
 )
 
 from examples.echovlm import ranks
@@ -23,6 +21,7 @@ from examples.echovlm.account import Account
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import BaseConfig, RecipeConfig
 from examples.echovlm.data import Data
+from examples.echovlm.families import build_model
 from examples.echovlm.general import blocks, general_text
 from examples.echovlm.pictures import picture_example
 from examples.echovlm.processor import build_processor, set_image_side
@@ -68,29 +67,21 @@ def _dtype(path: Path, precision: str) -> str | torch.dtype:
 
 
 def make_base(config: RecipeConfig, data: Data, out: Path, account: Account) -> Path:
-    """Pre-train a small Qwen2-VL on general text and general pictures, and save it with its processor into `out`.
+    """Pre-train a small model on general text and general pictures, and save it with its processor into `out`.
 
     Of several processes each pre-trains the vision tower, all alike, and its share of the rest.
     """
     base = config.base
     assert base is not None, "checked before the run"
     tokenizer = train_tokenizer(_corpus(data, config), base.vocab_size)
-    processor = build_processor(tokenizer, config.image_side)
+    processor = build_processor(tokenizer, config.image_side, base.family)
     torch.manual_seed(config.seed)
-    model = build_model(base, tokenizer, config.attention)
+    model = build_model(config, tokenizer)
     account.say(
-        f"a Qwen2-VL of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, a byte-level BPE of "
-        f"{len(tokenizer)} tokens; general pre-training without any ultrasound"
+        f"a {type(model).__name__} of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, a "
+        f"byte-level BPE of {len(tokenizer)} tokens; general pre-training without any ultrasound"
     )
-    accuracy = pretrain_vision(
-        model.model.visual,
-        processor,
-        config.image_side,
-        base.tower_pictures,
-        base.tower_pretraining,
-        config.seed,
-        config.precision,
-    )
+    accuracy = pretrain_vision(model, processor, config)
     told = ", ".join(f"{name} {value:.0%}" for name, value in accuracy.items())
     account.say(f"the vision tower tells apart cells of {base.tower_pictures} general pictures: {told}")
     general = GeneralData(base, tokenizer, config.image_side, config.seed)
@@ -99,7 +90,7 @@ def make_base(config: RecipeConfig, data: Data, out: Path, account: Account) -> 
     return out
 
 
-def _save(model: PreTrainedModel, processor: Qwen2VLProcessor, out: Path) -> None:
+def _save(model: PreTrainedModel, processor: ProcessorMixin, out: Path) -> None:
     if ranks.is_main():
         model.save_pretrained(out)
         processor.save_pretrained(out)
@@ -111,28 +102,6 @@ def _corpus(data: Data, config: RecipeConfig) -> Iterator[str]:
     yield from (picture_example(index, config.image_side, config.seed).answer for index in range(CAPTIONS))
     for example in examples_of(data.train, data.folder):
         yield from (example.prompt, example.answer)
-
-
-def build_model(base: BaseConfig, tokenizer: Qwen2Tokenizer, attention: str) -> Qwen2VLForConditionalGeneration:
-    """A freshly initialised Qwen2-VL; all its sizes are the preset's, token ids the tokenizer's."""
-    token = tokenizer.convert_tokens_to_ids
-    config = Qwen2VLConfig(
-        text_config={
-            **base.text,
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={**base.vision, "hidden_size": base.text["hidden_size"]},
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=True,
-        attn_implementation=attention,
-    )
-    return Qwen2VLForConditionalGeneration(config)
 
 
 class GeneralData(Dataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,13 +71,22 @@ class Collator:
         prompt = self._render(example.messages(), add_generation_prompt=True)
         answer = {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}
         whole = self._render([*example.messages(), answer], add_generation_prompt=False)
-        if not whole.startswith(prompt):
+        written = self._after(prompt, whole)
+        if written is None:
             raise MoEAdapterError(
                 f"chat template: its generation prompt ends in {prompt[-40:]!r}, where the conversation with the "
                 "answer goes on otherwise; expected a prefix of it. Give the processor a template that opens the "
                 "answer as it writes it, without an added <think> or the like"
             )
-        return self.processor.tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
+        return self.processor.tokenizer(written.rstrip(), add_special_tokens=False)["input_ids"]
+
+    @staticmethod
+    def _after(prompt: str, whole: str) -> str | None:
+        """What follows the prompt in the conversation; blanks may differ, as they do in LLaVA-OneVision's template."""
+        if whole.startswith(prompt):
+            return whole[len(prompt) :]
+        found = re.match(r"\s+".join(map(re.escape, prompt.split())) + r"\s*", whole)
+        return whole[found.end() :] if found else None
 
     def _append(self, batch: BatchFeature, is_turn: torch.Tensor, responses: list[list[int]]) -> BatchFeature:
         """Put the responses right of the prompts; rows without a turn have an empty prompt."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +37,9 @@ class PresetError(MoEAdapterError):
     """A preset that cannot be found, read or validated."""
 
 
+Task = Literal["report", "diagnosis", "vqa"]
+Method = Literal["dual-path", "dense", "plain", "full", "zero-shot"]
+Family = Literal["qwen2_vl", "llava_onevision"]
 Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"]
 
 
@@ -52,6 +57,12 @@ def _installed(reporter: str) -> str:
     if importlib.util.find_spec(reporter) is None:
         raise ValueError(f"got {reporter!r}, which is not installed; pip install {reporter}, or leave it out")
     return reporter
+
+
+def _folder(path: str) -> str:
+    if not Path(path).is_dir():
+        raise ValueError(f"got {path!r}, expected a folder with an encoder")
+    return path
 
 
 Reporter = Annotated[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], AfterValidator(_installed)]
@@ -136,8 +147,9 @@ class PhantomConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
 class BaseConfig:
-    """A small general vision-language model, made when the user brings no checkpoint."""
+    """A small general vision-language model, made when the user brings no checkpoint; sizes in Qwen2-VL's names."""
 
+    family: Family
     vocab_size: PositiveInt
     text: dict[str, Any]
     vision: dict[str, Any]
@@ -148,16 +160,37 @@ class BaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
+class BertScoreConfig:
+    """BERTScore's encoder, a folder as `save_pretrained` leaves it.
+
+    `num_layers`: whose states are compared; None for the layer that bert-score's authors chose for an encoder that is
+    named as the folder is.
+    """
+
+    encoder: Annotated[str, AfterValidator(_folder)]
+    num_layers: PositiveInt | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
 class EvaluationConfig:
-    """Greedy decoding of the held-out cases."""
+    """Greedy decoding of the held-out cases, and what it is scored on.
+
+    `questions_per_case`: how many of a case's are drawn for "vqa"; None for all. `bertscore`: None leaves it out.
+    """
 
     batch_size: PositiveInt = 1
     max_new_tokens: PositiveInt = 512
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1)] = ("report",)
+    questions_per_case: PositiveInt | None = None
+    bertscore: BertScoreConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
 class RecipeConfig:
     """Everything the recipe can be told; the defaults live in `presets/paper.yaml`.
+
+    `method`: how the base is fitted to the cases, one of `methods.METHODS`. `frozen`: what of the dual-path layers
+    keeps the value it starts with.
 
     `image_side`: each frame is resized to about image_side² pixels. `precision`: "bf16" is autocast over float32
     weights that train and a frozen base in its checkpoint's dtype, "fp32" is float32 throughout, "auto" is bf16 where
@@ -169,6 +202,8 @@ class RecipeConfig:
     checks.
     """
 
+    method: Method
+    frozen: tuple[Literal["router", "alpha", "lambda"], ...]
     image_side: PositiveInt
     max_length: PositiveInt
     precision: Literal["auto", "fp32", "bf16"]
@@ -183,7 +218,7 @@ class RecipeConfig:
     lora: LoRAConfig
     stage1: StageConfig
     stage2: StageConfig
-    instructions: dict[Literal["report", "diagnosis", "vqa"], PositiveInt]
+    instructions: dict[Task, PositiveInt]
     evaluation: EvaluationConfig
     phantoms: PhantomConfig | None = None
     base: BaseConfig | None = None
@@ -197,13 +232,13 @@ class RecipeConfig:
             )
 
 
-def load_preset(name: str) -> RecipeConfig:
-    """Read `presets/NAME.yaml`, or a YAML file of the user's, with all that it extends.
+def load_preset(name: str, *changes: Mapping[str, Any]) -> RecipeConfig:
+    """Read `presets/NAME.yaml`, or a YAML file of the user's, with all that it extends, and `changes` on top.
 
     Raises: PresetError, with the field, what was got and what is expected.
     """
     try:
-        return TypeAdapter(RecipeConfig).validate_python(_read(name))
+        return TypeAdapter(RecipeConfig).validate_python(functools.reduce(_merge, changes, _read(name)))
     except ValidationError as error:
         raise PresetError(f"preset {name!r}: {'; '.join(map(_describe, error.errors()))}") from None
 
@@ -223,7 +258,7 @@ def _read(name: str) -> dict[str, Any]:
     return _merge(_read(parent), values) if parent else values
 
 
-def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+def _merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
     """The child's values over the parent's, section by section."""
     merged = dict(parent)
     for key, value in child.items():
@@ -244,5 +279,14 @@ def _describe(error: Any) -> str:
 
 
 def _field_names() -> list[str]:
-    sections = (RecipeConfig, StageConfig, EngineConfig, LoRAConfig, PhantomConfig, BaseConfig, EvaluationConfig)
+    sections = (
+        RecipeConfig,
+        StageConfig,
+        EngineConfig,
+        LoRAConfig,
+        PhantomConfig,
+        BaseConfig,
+        EvaluationConfig,
+        BertScoreConfig,
+    )
     return [item.name for section in sections for item in dataclasses.fields(section)]

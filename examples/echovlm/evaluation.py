@@ -1,12 +1,14 @@
-"""Held-out evaluation: a model's greedy reports against the references by organ, and its loss on general text."""
+"""Held-out evaluation: a model's greedy answers to each task's questions, and its loss on general text."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,81 +17,86 @@ from transformers import PreTrainedModel
 from examples.echovlm import ranks
 from examples.echovlm.account import Account
 from examples.echovlm.answering import answer
-from examples.echovlm.cases import Case
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import RecipeConfig
 from examples.echovlm.data import Data
 from examples.echovlm.general import blocks, general_text
-from examples.echovlm.metrics import METRICS, finding_accuracy, text_scores
+from examples.echovlm.metrics import TextMetrics
+from examples.echovlm.scoring import HeldOut, TaskScores
+from examples.echovlm.significance import Difference
 from examples.echovlm.tasks import Example, examples_of
 from examples.echovlm.training import own_precision
 from moe_adapter.directory import replace_file
 
 GENERAL_BLOCKS = 256  # of held-out general text, enough for the second decimal of its loss
+BASELINE = "most common answer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One model's answers on the held-out cases, and what they are worth.
-
-    `by_organ`: organ → metric → 0 to 100. `findings`: finding-level accuracy in per cent by organ and of "all",
-    None where no attributes are known. `general_loss`: nats per token of held-out general text, None if not a model.
-    """
+    """One model's scores by task; `general_loss`: nats per token of held-out general text, None where not taken."""
 
     name: str
-    answers: tuple[str, ...]
-    by_organ: dict[str, dict[str, float]]
-    findings: dict[str, float | None]
+    tasks: dict[str, TaskScores]
     general_loss: float | None = None
-
-    def average(self) -> dict[str, float]:
-        """The paper's average: the unweighted mean over organs of each metric."""
-        return {name: float(np.mean([scores[name] for scores in self.by_organ.values()])) for name in METRICS}
 
 
 class Evaluator:
-    """Evaluates one model after another on the same held-out cases and general text."""
+    """Evaluates one model after another on the same held-out questions and general text.
+
+    `held_out`: the questions by task; `metrics`: what they are scored by.
+    """
 
     def __init__(self, data: Data, collator: Collator, config: RecipeConfig, out: Path, account: Account) -> None:
-        """`out`: the folder of what each evaluation found, by which a resumed run spares itself another."""
-        self.cases, self.out = data.test, out
-        self.examples = examples_of(data.test, data.folder, ("report",))
+        """`out`: the folder of what each evaluation found, by which a resumed run spares itself another.
+
+        Raises: MoEAdapterError for an encoder of BERTScore's that cannot be used.
+        """
+        self.data, self.out = data, out
         self.collator, self.config, self.account = collator, config, account
+        self.metrics = TextMetrics(config.evaluation.bertscore)
         self.text = blocks(general_text()[1], collator.processor.tokenizer)[:GENERAL_BLOCKS]
+        cases = data.test
+        if (most := config.evaluation.questions_per_case) is not None:
+            drawn = (random.Random(f"{config.seed} {case.id}") for case in cases)  # each case its own, whoever is asked
+            cases = [
+                replace(case, questions=tuple(rng.sample(case.questions, min(most, len(case.questions)))))
+                for case, rng in zip(cases, drawn, strict=True)
+            ]
+        asked = {task: examples_of(cases, data.folder, (task,)) for task in config.evaluation.tasks}
+        self.held_out = {task: HeldOut(task, examples, cases) for task, examples in asked.items() if examples}
 
     def evaluate(self, name: str, model: PreTrainedModel) -> Scored:
-        """Greedy reports on the held-out cases, scored, and the loss on general text."""
-
-        def score() -> Scored:
-            answers = answer(model, self.examples, self.collator, self.config.evaluation, label=f"reports, {name}")
-            return self.score(name, answers, self.general_loss(model))
-
-        return self._once(name, score)
+        """Greedy answers to the held-out questions, scored, and the loss on general text."""
+        scored = self._answered(name, model, lambda examples: examples)
+        loss = self._once(name, "general", lambda: self.general_loss(model))
+        self.account.say(f"{name}: general text {loss:.2f} nats")
+        return replace(scored, general_loss=loss)
 
     def evaluate_shuffled(self, name: str, model: PreTrainedModel) -> Scored:
         """The same with every case's images taken from another case of its organ: what is left was not seen."""
+        name = f"{name}, images shuffled"
+        return self._answered(name, model, lambda examples: shuffle_images(examples, self.config.seed))
 
-        def score() -> Scored:
-            examples = shuffle_images(self.examples, self.config.seed)
-            answers = answer(model, examples, self.collator, self.config.evaluation, label=f"shuffled images, {name}")
-            return self.score(f"{name}, images shuffled", answers)
+    def evaluate_baseline(self) -> Scored:
+        """The most common answers of training, scored."""
+        for task in self.config.evaluation.tasks:
+            if task not in self.held_out:
+                self.account.say(f"{task}: left out, for no held-out case has one")
+        tasks = {}
+        for task, held_out in self.held_out.items():
+            train = examples_of(self.data.train, self.data.folder, (task,))
+            answers = most_common_answers(train, held_out.examples)
+            tasks[task] = held_out.scores(answers, held_out.sums(answers, self.metrics))
+            self._tell(BASELINE, task, tasks[task])
+        return Scored(name=BASELINE, tasks=tasks)
 
-        return self._once(f"{name}, images shuffled", score)
-
-    def score(self, name: str, answers: Sequence[str], general_loss: float | None = None) -> Scored:
-        """Text scores and finding-level accuracy of one answer per held-out case."""
-        groups = {organ: [i for i, case in enumerate(self.cases) if case.organ == organ] for organ in self._organs()}
-        by_organ, findings = {}, {}
-        for organ, members in {**groups, "all": range(len(self.cases))}.items():
-            cases, said = [self.cases[i] for i in members], [answers[i] for i in members]
-            findings[organ] = finding_accuracy(said, cases)
-            if organ in groups:
-                by_organ[organ] = text_scores(said, [case.findings for case in cases])
-        scored = Scored(
-            name=name, answers=tuple(answers), by_organ=by_organ, findings=findings, general_loss=general_loss
-        )
-        self._tell(scored)
-        return scored
+    def differences(self, tuned: Scored, others: Sequence[Scored]) -> dict[str, dict[str, dict[str, Difference]]]:
+        """How much `tuned` scores above each other model: task → model → score."""
+        return {
+            task: {other.name: held_out.differences(tuned.tasks[task], other.tasks[task]) for other in others}
+            for task, held_out in self.held_out.items()
+        }
 
     @torch.inference_mode()
     def general_loss(self, model: PreTrainedModel) -> float:
@@ -101,45 +108,59 @@ class Evaluator:
             losses = [float(model(**self.collator(batch).to(model.device)).loss) for batch in ranks.share(batches)]
         return float(np.average(ranks.in_order(losses), weights=[len(batch) for batch in batches]))
 
-    def _once(self, name: str, score: Callable[[], Scored]) -> Scored:
-        file = self.out / f"{name}.json"
-        found = ranks.from_main(json.loads(file.read_text()) if ranks.is_main() and file.is_file() else None)
-        if found:
-            scored = Scored(**{**found, "answers": tuple(found["answers"])})
-            self._tell(scored)
-            return scored
-        scored = score()
+    def _answered(self, name: str, model: PreTrainedModel, changed: Callable[[list[Example]], list[Example]]) -> Scored:
+        tasks = {}
+        for task, held_out in self.held_out.items():
+
+            def found(task: str = task, held_out: HeldOut = held_out) -> dict[str, Any]:
+                examples = changed(held_out.examples)
+                answers = answer(model, examples, self.collator, self.config.evaluation, label=f"{task}, {name}")
+                sums = held_out.sums(answers, self.metrics)
+                return {"answers": answers, "sums": {key: values.tolist() for key, values in sums.items()}}
+
+            values = self._once(name, task, found)
+            sums = {key: np.array(rows) for key, rows in values["sums"].items()}
+            tasks[task] = held_out.scores(values["answers"], sums)
+            self._tell(name, task, tasks[task])
+        return Scored(name=name, tasks=tasks)
+
+    def _once(self, name: str, part: str, find: Callable[[], Any]) -> Any:
+        """What `find` returns, of JSON's types: found now, or by the run that this one goes on with."""
+        file = self.out / name / f"{part}.json"
+        kept = ranks.from_main(json.loads(file.read_text()) if ranks.is_main() and file.is_file() else None)
+        if kept is not None:
+            return kept
+        found = find()
         if ranks.is_main():
-            self.out.mkdir(parents=True, exist_ok=True)
-            replace_file(file, json.dumps(asdict(scored), ensure_ascii=False, indent=1).encode())
-        return scored
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, json.dumps(found, ensure_ascii=False).encode())
+        return found
 
-    def _organs(self) -> list[str]:
-        return sorted({case.organ for case in self.cases})
-
-    def _tell(self, scored: Scored) -> None:
-        texts = ", ".join(f"{name} {value:.1f}" for name, value in scored.average().items())
-        general = "" if scored.general_loss is None else f"; general text {scored.general_loss:.2f} nats"
-        right = scored.findings["all"]
-        findings = "" if right is None else f"; findings right {right:.1f} %"
-        self.account.say(f"{scored.name}: {texts}{findings}{general}")
+    def _tell(self, name: str, task: str, scores: TaskScores) -> None:
+        texts = ", ".join(f"{metric} {scores.overall[metric].value:.1f}" for metric in self.metrics.described)
+        right = float(scores.overall["attributes"].value)
+        findings = "" if np.isnan(right) else f"; findings right {right:.1f} %"
+        self.account.say(f"{name}, {task}: {texts}{findings}")
 
 
-def most_common_reports(train: Sequence[Case], test: Sequence[Case]) -> list[str]:
-    """The baseline that sees no image: the organ's most common training report in the case's language."""
+def most_common_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
+    """The baseline that sees no image: the most common answer of training to the same question about the organ.
+
+    The report's question is one in each language, and so is the diagnosis's. Empty where it was never asked.
+    """
     counts: dict[tuple[str, str], Counter[str]] = {}
-    for case in train:
-        counts.setdefault((case.organ, case.language), Counter())[case.findings] += 1
+    for example in train:
+        counts.setdefault((example.organ, example.prompt), Counter())[example.answer] += 1
     best = {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
-    return [best.get((case.organ, case.language), "") for case in test]
+    return [best.get((example.organ, example.prompt), "") for example in test]
 
 
 def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example]:
-    """Each example with the images of another one of its organ, at random (its own if the organ has no other)."""
+    """Each case's examples with another one's images, of its organ, at random (its own if the organ has no other)."""
     rng = np.random.default_rng(seed)
-    shuffled = list(examples)
+    images = {example.case_id: example.images for example in examples}
+    instead = {}
     for organ in sorted({example.organ for example in examples}):
-        members = rng.permutation([i for i, example in enumerate(examples) if example.organ == organ])
-        for member, other in zip(members, np.roll(members, 1), strict=True):
-            shuffled[member] = replace(examples[member], images=examples[other].images)
-    return shuffled
+        cases = rng.permutation(list(dict.fromkeys(e.case_id for e in examples if e.organ == organ)))
+        instead |= dict(zip(cases.tolist(), np.roll(cases, 1).tolist(), strict=True))
+    return [replace(example, images=images[instead[example.case_id]]) for example in examples]

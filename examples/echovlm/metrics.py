@@ -1,51 +1,91 @@
-"""BLEU-1, ROUGE-1 and ROUGE-L for English and Chinese, each by its reference implementation."""
+"""BLEU-1, ROUGE-1, ROUGE-L, METEOR and BERTScore of English and Chinese answers, each by its reference implementation.
+
+A metric gives each of N answers a row of S sums, which add up to those of any group of answers: so BLEU-1, a score of
+a whole corpus, can be taken anew of every bootstrap resample. `corpus_score` makes the score of the sums.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
+import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics import BLEU
 
-from examples.echovlm.cases import Case
-from examples.echovlm.findings import parse_findings
+from examples.echovlm import bertscore, meteor
+from examples.echovlm.config import BertScoreConfig
+from examples.echovlm.corpus.deduplication.tokens import by_character
 
-METRICS = ("BLEU-1", "ROUGE-1", "ROUGE-L")
-IMPLEMENTATIONS = (
-    "BLEU-1: sacrebleu corpus BLEU, max_ngram_order=1, tokenize='zh' (13a for Latin script, a token per Chinese "
-    "character). ROUGE-1, ROUGE-L: rouge-score, mean F1, lower-cased words of a-z and 0-9, a token per Chinese "
-    "character. All times 100."
-)
-_TOKEN = re.compile(r"[a-z0-9]+|[\u3400-\u9fff]")
+WORDS = "lower-cased words of a-z and 0-9, a token per Chinese character, after NFKC"
 
 
 class MixedTokenizer(Tokenizer):
     """rouge-score's own words for Latin script, and a token per Chinese character, which it would drop."""
 
     def tokenize(self, text: str) -> list[str]:
-        return _TOKEN.findall(text.lower())
+        return by_character(text)
 
 
-def text_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The three scores, 0 to 100, of a group of answers (a corpus) against one reference each."""
-    rouge = RougeScorer(["rouge1", "rougeL"], tokenizer=MixedTokenizer())
-    pairs = [rouge.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
-    bleu = BLEU(tokenize="zh", max_ngram_order=1).corpus_score(list(answers), [list(references)])
-    mean_f1 = {name: 100 * sum(pair[name].fmeasure for pair in pairs) / len(pairs) for name in ("rouge1", "rougeL")}
-    return {"BLEU-1": bleu.score, "ROUGE-1": mean_f1["rouge1"], "ROUGE-L": mean_f1["rougeL"]}
+class TextMetrics:
+    """The text metrics that can be computed here.
 
-
-def finding_accuracy(answers: Sequence[str], cases: Sequence[Case]) -> float | None:
-    """Per cent of the attributes known of the cases that the answers state with the right value.
-
-    A wrong value and a missing one count alike. Cases without attributes are passed over; None if none has any.
+    `described`: of each its implementation, tokenizer and setting; `missing`: of each other one what it lacks.
     """
-    stated = [parse_findings(answer, case.organ, case.language) for answer, case in zip(answers, cases, strict=True)]
-    hits = [
-        found.get(name) == value
-        for found, case in zip(stated, cases, strict=True)
-        for name, value in case.attributes.items()
-    ]
-    return 100 * sum(hits) / len(hits) if hits else None
+
+    def __init__(self, encoder: BertScoreConfig | None = None) -> None:
+        """`encoder`: BERTScore's. Raises: MoEAdapterError if it cannot be used."""
+        self.described = {
+            "BLEU-1": f"sacrebleu {version('sacrebleu')}, corpus BLEU of order 1, tokenize='zh': 13a for Latin script, "
+            "a token per Chinese character",
+            "ROUGE-1": f"rouge-score {version('rouge-score')}, mean F1; {WORDS}",
+            "ROUGE-L": f"rouge-score {version('rouge-score')}, mean F1 of the longest common subsequence; {WORDS}",
+        }
+        self.missing: dict[str, str] = {}
+        self._others: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {}
+        if meteor.wordnet() is None:
+            self.missing["METEOR"] = meteor.CURE
+        else:
+            self.described["METEOR"] = f"{meteor.description()}; {WORDS}"
+            self._others["METEOR"] = lambda answers, references: meteor.scores(
+                *([MixedTokenizer().tokenize(text) for text in texts] for texts in (answers, references))
+            )
+        if encoder is None:
+            self.missing["BERTScore"] = bertscore.CURE
+        else:
+            scorer = bertscore.Scorer(encoder)
+            self.described[scorer.name] = scorer.description
+            self._others[scorer.name] = scorer
+
+    def sums(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+        """Sums (N, S) of each metric: for BLEU-1 hits, length and reference's length, else score (0 to 1) and 1."""
+        rouge = RougeScorer(["rouge1", "rougeL"], tokenizer=MixedTokenizer())
+        pairs = [rouge.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+        rouge1, rouge_l = ([pair[name].fmeasure for pair in pairs] for name in ("rouge1", "rougeL"))
+        # A common subsequence is a set of common words; the paper's Table 2 has it otherwise.
+        assert all(longest <= words + 1e-12 for longest, words in zip(rouge_l, rouge1, strict=True))
+        means = {"ROUGE-1": rouge1, "ROUGE-L": rouge_l}
+        means |= {name: score(answers, references) for name, score in self._others.items()}
+        return {"BLEU-1": _bleu(answers, references)} | {
+            name: np.stack([np.array(values, float), np.ones(len(answers))], axis=1) for name, values in means.items()
+        }
+
+
+def corpus_score(name: str, sums: np.ndarray) -> np.ndarray:
+    """The score, 0 to 100, of answers with the summed-up sums (…, S); NaN where nothing was counted.
+
+    Source: BLEU of order 1, Papineni et al. (2002), as sacrebleu has it; anything else is a ratio of two sums.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if name != "BLEU-1":
+            return 100 * sums[..., 0] / sums[..., 1]
+        hits, length, reference = np.moveaxis(sums, -1, 0)
+        brevity = np.exp(np.minimum(0, 1 - reference / length))
+        return np.where(length > 0, 100 * brevity * hits / length, 0.0)
+
+
+def _bleu(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    bleu = BLEU(tokenize="zh", max_ngram_order=1, effective_order=True)
+    scores = [bleu.sentence_score(answer, [reference]) for answer, reference in zip(answers, references, strict=True)]
+    return np.array([(score.counts[0], score.sys_len, score.ref_len) for score in scores], float)

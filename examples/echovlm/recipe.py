@@ -1,4 +1,4 @@
-"""The recipe in the order in which it runs: cases, base, stage I, stage II, evaluation, routing, report."""
+"""The recipe in the order in which it runs: cases, base, the method's stages, evaluation, routing, report."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from examples.echovlm.answering import answer
 from examples.echovlm.base import load_base, make_base
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import ACCOUNT, PresetError, RecipeConfig
-from examples.echovlm.data import load_data
-from examples.echovlm.evaluation import Evaluator, most_common_reports
+from examples.echovlm.data import Data, load_data
+from examples.echovlm.evaluation import Evaluator
+from examples.echovlm.methods import METHODS, count_parameters
 from examples.echovlm.report import Results, write_results
 from examples.echovlm.routing import record_and_draw
 from examples.echovlm.stages import finished_stage, path_weights, stage1, stage2
 from examples.echovlm.tasks import Example, examples_of
-from moe_adapter import static_only
+from moe_adapter import dual_path_layers, static_only
 from moe_adapter.integrations.checkpoints import remove_checkpoints
 
 STAGES = {1: "Stage I: parameter-isolated pre-training", 2: "Stage II: cooperative instruction fine-tuning"}
@@ -39,7 +40,7 @@ def run(
 
     Raises: MoEAdapterError for a case file, checkpoint or preset that cannot be used.
     """
-    _check_complete(config, cases_file, base)
+    _check_complete(config, cases_file, base, stage1_from)
     torch.manual_seed(config.seed)
     account = Account(out / ACCOUNT)
     account.start(_started_with(config, cases_file=cases_file, base_folder=base, stage1_from=stage1_from))
@@ -55,38 +56,54 @@ def run(
     fresh = partial(_load_model, base, config)
     evaluator = Evaluator(data, collator, config, out / "evaluation", account)
     with account.step("Evaluate the base"):
-        most_common = evaluator.score("most common report", most_common_reports(data.train, data.test))
-        scored = [most_common, evaluator.evaluate("base", model)]
+        scored = [evaluator.evaluate_baseline(), evaluator.evaluate("base", model)]
 
-    pairs = examples_of(data.train, data.folder, ("report",))
-    folder = stage1_from or out / "stage1"
-    model = _stage(1, model, pairs, collator, config, folder, account, fresh, given=stage1_from is not None)
-    with account.step("Evaluate stage I"):
-        scored.append(evaluator.evaluate("stage I", model))
-
-    times = config.instructions.items()
-    instructions = [e for task, n in times for e in examples_of(data.train, data.folder, (task,)) * n]
-    model = _stage(2, model, instructions, collator, config, out / "stage2", account, fresh)
-    with account.step("Evaluate stage II"):
-        scored.append(evaluator.evaluate("stage II", model))
-        shuffled = evaluator.evaluate_shuffled("stage II", model)
-        with static_only(model):
-            static_loss = evaluator.general_loss(model)
+    parameters = {}
+    for stage in METHODS[config.method].stages:
+        name, given = f"stage {'I' * stage}", stage1_from if stage == 1 else None
+        examples = _examples(stage, data, config)
+        folder = given or out / f"stage{stage}"
+        model = _stage(stage, model, examples, collator, config, folder, account, fresh, given=given is not None)
+        parameters[name] = count_parameters(model)
+        with account.step(f"Evaluate {name}"):
+            scored.append(evaluator.evaluate(name, model))
+    with account.step("Evaluate the controls"):
+        shuffled = evaluator.evaluate_shuffled(scored[-1].name, model)
+        static_loss = _static_loss(model, evaluator)
 
     with account.step("Routing (Figure 5)"):
-        figure = record_and_draw(model, evaluator.examples, collator, config, out, account)
+        reports = examples_of(data.test, data.folder, ("report",))
+        figure = record_and_draw(model, reports, collator, config, out, account)
     with account.step("Show cases"):
         cases, questions = zip(*data.shown, strict=True)
         shown = answer(model, questions, collator, config.evaluation, label="show cases")
     results = Results(
+        held_out=evaluator.held_out,
+        metrics=evaluator.metrics,
+        parameters=parameters,
         scored=scored,
         shuffled=shuffled,
+        differences=evaluator.differences(scored[-1], [*scored[:-1], shuffled]),
         static_loss=static_loss,
         weights=path_weights(model),
         figure=figure,
         shown=list(zip(cases, questions, shown, strict=True)),
     )
-    return write_results(out, data, results, account)
+    return write_results(out, results, account)
+
+
+def _examples(stage: int, data: Data, config: RecipeConfig) -> list[Example]:
+    """What a stage trains on: image-report pairs, then instructions."""
+    tasks = {"report": 1} if stage == 1 else config.instructions
+    return [e for task, times in tasks.items() for e in examples_of(data.train, data.folder, (task,)) * times]
+
+
+def _static_loss(model: PreTrainedModel, evaluator: Evaluator) -> float | None:
+    """The loss on general text of the static experts alone, which is the base's if they were left alone."""
+    if not dual_path_layers(model):
+        return None
+    with static_only(model):
+        return evaluator.general_loss(model)
 
 
 def _stage(
@@ -124,8 +141,10 @@ def _started_with(config: RecipeConfig, **paths: Path | None) -> dict[str, Any]:
     return json.loads(json.dumps({**asdict(config), **places, "processes": ranks.count()}))
 
 
-def _check_complete(config: RecipeConfig, cases_file: Path | None, base: Path | None) -> None:
+def _check_complete(config: RecipeConfig, cases_file: Path | None, base: Path | None, stage1_from: Path | None) -> None:
     if cases_file is None and config.phantoms is None:
         raise PresetError("this preset renders no cases: give your own with --cases")
     if base is None and config.base is None:
         raise PresetError("this preset makes no base model: give a checkpoint directory with --base")
+    if stage1_from and 1 not in METHODS[config.method].stages:
+        raise PresetError(f"--stage1: got {stage1_from}, but method {config.method} has no stage I to take over")

@@ -34,7 +34,7 @@ def record_and_draw(
     The main process follows all tokens, and the others wait.
     """
     if all(layer.router is None for layer in dual_path_layers(model).values()):
-        account.say("no token is routed, since the preset's num_experts is 0: no record and no Figure 5")
+        account.say("no token is routed, since there are no routed experts: no record and no Figure 5")
         return None
     if ranks.is_main():
         _record_and_draw(model, examples, collator, config, out, account)

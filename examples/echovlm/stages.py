@@ -1,4 +1,7 @@
-"""The paper's two training stages on a base model: stage I trains the MoE blocks, stage II LoRA and MoE together."""
+"""The paper's two training stages on a base model: stage I trains the MoE blocks, stage II LoRA and MoE together.
+
+What of that a method leaves out, `methods.py` says.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,10 @@ from transformers import PreTrainedModel
 from examples.echovlm.account import Account
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import RecipeConfig
+from examples.echovlm.methods import METHODS, choose_trained, inject, load_trained
 from examples.echovlm.tasks import Example
 from examples.echovlm.training import keep_masters, train
-from moe_adapter import (
-    MoEAdapterError,
-    dual_path_layers,
-    inject_dual_path_moe,
-    load_adapter,
-    save_adapter,
-    set_stage,
-)
+from moe_adapter import MoEAdapterError, dual_path_layers
 
 # What transformers' vision-language models call their parts; the first that a module's name holds.
 PARTS = {
@@ -47,9 +44,10 @@ def stage1(
 
     `fresh` loads the base once more, for an engine that leaves nothing of it.
     """
-    inject_dual_path_moe(model, **config.moe)
-    _tell(account, set_stage(model, 1), data, "only the MoE blocks train, every original parameter is frozen")
-    kept = train(model, data, collator, config.stage1, config, out, account, lambda model: save_adapter(model, out))
+    inject(model, config)
+    counts = choose_trained(model, 1, config)
+    _tell(account, counts, data, config, "only the MoE blocks train, every original parameter is frozen")
+    kept = train(model, data, collator, config.stage1, config, out, account)
     return model if kept else _anew(1, fresh, config, out)
 
 
@@ -61,15 +59,20 @@ def stage2(
     out: Path,
     account: Account,
     fresh: Callable[[], PreTrainedModel],
-) -> PeftModel:
+) -> nn.Module:
     """Cooperative instruction fine-tuning of stage I's model: train MoE blocks in full and LoRA, save to `out`.
 
-    The LoRA sits on the vision encoder, the vision-to-text projection and the language model's attention.
+    The LoRA sits on the vision encoder, the vision-to-text projection and the language model's attention. A method
+    without MoE blocks trains the LoRA alone, one without a LoRA either trains all of the base.
     """
-    tuned = add_lora(model, config)
-    places = ", ".join(f"{count} of the {part}" for part, count in lora_places(tuned).items())
-    _tell(account, set_stage(tuned, 2), data, f"MoE blocks in full, LoRA on linear maps ({places})")
-    kept = train(tuned, data, collator, config.stage2, config, out, account, lambda model: save_adapter(model, out))
+    way = METHODS[config.method]
+    tuned = add_lora(model, config) if way.lora else model
+    parts = ["MoE blocks in full"] * way.dual_path
+    if way.lora:
+        places = ", ".join(f"{count} of the {part}" for part, count in lora_places(tuned).items())
+        parts.append(f"LoRA on linear maps ({places})")
+    _tell(account, choose_trained(tuned, 2, config), data, config, ", ".join(parts) or "all of the base")
+    kept = train(tuned, data, collator, config.stage2, config, out, account)
     return tuned if kept else _anew(2, fresh, config, out)
 
 
@@ -78,13 +81,14 @@ def finished_stage(stage: int, model: PreTrainedModel, config: RecipeConfig, fol
 
     Raises: MoEAdapterError if there is no such adapter, or it is another base's.
     """
-    if not dual_path_layers(model):
-        inject_dual_path_moe(model, **config.moe)
-    if stage == 2:
+    inject(model, config)
+    if stage == 2 and METHODS[config.method].lora:
         model = add_lora(model, config)
-    set_stage(model, stage)
+    choose_trained(model, stage, config)
     keep_masters(model)
-    return load_adapter(model, folder)
+    load_trained(model, folder)
+    choose_trained(model, stage, config)  # an adapter with a LoRA comes with all of stage II learning
+    return model
 
 
 def _anew(stage: int, fresh: Callable[[], PreTrainedModel], config: RecipeConfig, folder: Path) -> nn.Module:
@@ -122,6 +126,7 @@ def path_weights(model: nn.Module) -> list[dict[str, float]]:
     ]
 
 
-def _tell(account: Account, counts: dict[str, int], data: Sequence[Example], what: str) -> None:
+def _tell(account: Account, counts: dict[str, int], data: Sequence[Example], config: RecipeConfig, what: str) -> None:
     trained, total = counts["trainable"] / 1e6, counts["total"] / 1e6
-    account.say(f"{what}: {trained:.2f} M of {total:.2f} M parameters, on {len(data)} examples")
+    kept = f"; {', '.join(config.frozen)} frozen" if METHODS[config.method].dual_path and config.frozen else ""
+    account.say(f"{what}{kept}: {trained:.2f} M of {total:.2f} M parameters, on {len(data)} examples")

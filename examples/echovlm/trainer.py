@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,19 @@ from transformers import Trainer
 
 from examples.echovlm.batching import CASE_IDS, LengthGrouped
 from examples.echovlm.finite import FiniteLoss
+from examples.echovlm.methods import load_trained
 from moe_adapter.integrations.checkpoints import AdapterCheckpoints
 from moe_adapter.integrations.trainer import DualPathMixin
 from moe_adapter.lora import lora_parameters
 
 
 class RecipeTrainer(AdapterCheckpoints, Trainer):
-    """`lora_rate`: the LoRA's own learning rate, None for the one of all; `lengths`: of the examples, to group by."""
+    """`lora_rate`: the LoRA's own learning rate, None for the one of all; `lengths`: of the examples, to group by.
+
+    A checkpoint of it holds what Trainer's own does: the whole model, or peft's LoRA.
+    """
+
+    save_model = Trainer.save_model
 
     def __init__(
         self, *args: Any, finite: FiniteLoss, lora_rate: float | None, lengths: list[int] | None, **kwargs: Any
@@ -49,6 +56,9 @@ class RecipeTrainer(AdapterCheckpoints, Trainer):
             train_dataloader.set_epoch(epoch)
         return super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
+
     def _get_train_sampler(self, *args: Any) -> Sampler | None:
         if self.lengths is None:
             return super()._get_train_sampler(*args)
@@ -57,3 +67,6 @@ class RecipeTrainer(AdapterCheckpoints, Trainer):
 
 class StageTrainer(DualPathMixin, RecipeTrainer):
     """Of an injected model: logs its balance loss and expert loads, and warns of experts that collapse."""
+
+    save_model = AdapterCheckpoints.save_model
+    _load_from_checkpoint = AdapterCheckpoints._load_from_checkpoint

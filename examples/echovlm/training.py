@@ -19,7 +19,7 @@ from examples.echovlm.config import RecipeConfig, StageConfig, TrainingConfig
 from examples.echovlm.engines import engine_arguments, forget_engine
 from examples.echovlm.finite import FiniteLoss
 from examples.echovlm.trainer import RecipeTrainer, StageTrainer
-from moe_adapter import MoEAdapterError
+from moe_adapter import MoEAdapterError, dual_path_layers
 from moe_adapter.integrations.chunked_loss import use_chunked_loss
 
 KEPT = 2  # checkpoints: the newest, and the one before in case a disk spoils it
@@ -34,9 +34,11 @@ def train(
     config: RecipeConfig,
     out: Path,
     account: Account,
-    save: Callable[[nn.Module], None],
+    save: Callable[[nn.Module], None] | None = None,
 ) -> bool:
-    """Train the parameters that require a gradient, and `save` the model; False if it is of no use after that.
+    """Train the parameters that require a gradient, and save the model; False if it is of no use after that.
+
+    Without a `save` of the caller's the trainer's own leaves what was trained in `out`.
 
     A stage goes on from its newest checkpoint in `out`, under the preset's engine, which takes the model apart.
     """
@@ -45,7 +47,7 @@ def train(
     chunked = use_chunked_loss(model) if isinstance(run, StageConfig) and config.chunked_loss else nullcontext()
     with chunked:
         trainer.train(resume_from_checkpoint=True)
-    save(trainer.model)
+    save(trainer.model) if save else trainer.save_model()
     ranks.wait()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     processes = f" on {ranks.count()} processes" if ranks.count() > 1 else ""
@@ -91,11 +93,12 @@ def _trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=config.seed,
-        ddp_find_unused_parameters=stage is None,  # general text passes by the vision tower, a case never does
+        # General text passes by the vision tower, a case never does; a whole model may hold layers that nothing uses.
+        ddp_find_unused_parameters=stage is None or config.method == "full",
         **({"save_strategy": "no"} | saving | engine),
     )
     batching = stage.batching if stage else "plain"
-    trainer = (StageTrainer if stage else RecipeTrainer)(
+    trainer = (StageTrainer if dual_path_layers(model) else RecipeTrainer)(
         model=model,
         args=arguments,
         train_dataset=data,

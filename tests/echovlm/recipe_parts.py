@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import Qwen2Tokenizer
+from transformers import BertConfig, BertModel, BertTokenizer, Qwen2Tokenizer
 
-from examples.echovlm.base import build_model
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import RecipeConfig, load_preset
+from examples.echovlm.families import build_model
 from examples.echovlm.phantom import generate_cases
 from examples.echovlm.processor import build_processor
 from examples.echovlm.tasks import Example
@@ -83,8 +83,27 @@ def write_inputs(folder: Path, preset: str) -> list[str]:
     (folder / "mine.yaml").write_text(f"extends: {folder / 'preset.yaml'}\n{preset}")
     settings = load_preset(str(folder / "mine.yaml"))
     torch.manual_seed(0)
-    build_model(settings.base, tokenizer(), settings.attention).save_pretrained(folder / "base")
+    build_model(settings, tokenizer()).save_pretrained(folder / "base")
     build_processor(tokenizer(), settings.image_side).save_pretrained(folder / "base")
     cases = generate_cases(folder / "cases", cases_per_organ=3, test_share=0.4, frames=2, size=SIDE)
     values = {"preset": folder / "mine.yaml", "base": folder / "base", "cases": cases}
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def write_encoder(folder: Path, layers: int = 3) -> Path:
+    """A random BERT that knows the words of TEXTS, as `save_pretrained` leaves it."""
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *sorted(set(" ".join(TEXTS).lower().split()) | set(TEXTS[1])),
+    ]
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
+    BertModel(BertConfig(vocab_size=len(words), num_hidden_layers=layers, **sizes)).save_pretrained(folder)
+    return folder

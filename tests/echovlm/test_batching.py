@@ -10,8 +10,8 @@ from echovlm.recipe_parts import TEXTS, collator, example, small_config, tokeniz
 from torch import nn
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from examples.echovlm.base import build_model
 from examples.echovlm.batching import CASE_IDS, LengthGrouped, Packed, WithCases, lengths
+from examples.echovlm.families import build_model
 from moe_adapter import balance_loss, dual_path_layers, inject_dual_path_moe, set_stage
 from moe_adapter.losses import routed_fraction
 
@@ -21,7 +21,7 @@ GAMMA = 3.0  # so that the balance loss is seen in the gradients
 
 def _model(attention: str) -> nn.Module:
     torch.manual_seed(0)
-    model = build_model(small_config().base, tokenizer(), attention)
+    model = build_model(small_config(attention=attention), tokenizer())
     inject_dual_path_moe(model, num_experts=4, expert_dim=16, shared_expert_dim=16, balance_coef=GAMMA)
     for layer in dual_path_layers(model).values():  # else the experts start at zero and their routers learn nothing
         nn.init.normal_(layer.experts.down_proj, std=0.1)

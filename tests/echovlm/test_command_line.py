@@ -28,7 +28,7 @@ def _one_line(capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["--cases", "nowhere.jsonl"], "--cases nowhere.jsonl: no such file"),
         (["--base", "nowhere"], "--base nowhere: got no checkpoint directory"),
-        (["--preset", "huge"], "unknown preset 'huge': use one of paper, tiny"),
+        (["--preset", "huge"], "unknown preset 'huge': use one of grid, paper, small, tiny"),
         (["--preset", "paper"], "this preset renders no cases: give your own with --cases"),
     ],
 )

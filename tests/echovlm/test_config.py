@@ -44,6 +44,19 @@ def test_tiny_keeps_what_size_does_not_force() -> None:
         )
 
 
+def test_small_has_the_papers_shares_and_grid_the_hyperparameters_of_tiny() -> None:
+    paper, small, tiny, grid = (load_preset(name) for name in ("paper", "small", "tiny", "grid"))
+    for name, width in (("expert_dim", 1408), ("shared_expert_dim", 5632)):
+        assert small.moe[name] == pytest.approx(width / 18944, rel=0.01)
+    assert small.stage1.learning_rate == paper.stage1.learning_rate and small.base is None
+    assert (grid.moe, grid.lora, grid.stage2, grid.base.text) == (tiny.moe, tiny.lora, tiny.stage2, tiny.base.text)
+
+
+def test_changes_come_on_top_in_order() -> None:
+    config = load_preset("tiny", {"moe": {"top_k": 1}, "seed": 3}, {"moe": {"router_softmax": "all"}, "seed": 4})
+    assert config.seed == 4 and config.moe == {**load_preset("tiny").moe, "top_k": 1, "router_softmax": "all"}
+
+
 def test_a_file_of_the_users_extends_a_preset_section_by_section(tmp_path: Path) -> None:
     mine = load_preset(_preset(tmp_path, "extends: paper\nstage1: {epochs: 3}\n"))
     assert mine.stage1.epochs == 3
@@ -82,13 +95,22 @@ def test_a_base_of_the_users_takes_any_image_side(tmp_path: Path) -> None:
             r"report_to\.0: got 'mlflow', which is not installed; pip install mlflow",
         ),
         ("extends: tiny\nreport_to: [paper]", r"report_to\.0: .*'tensorboard', 'wandb'.*, got 'paper'"),
+        ("extends: tiny\nevaluation: {tasks: []}", r"evaluation\.tasks: .*at least 1 item"),
+        ("extends: tiny\nevaluation: {tasks: [reports]}", r"tasks\.0: .*'report', 'diagnosis' or 'vqa', got 'reports'"),
+        (
+            "extends: tiny\nevaluation: {bertscore: {encoder: bert-base-chinese}}",
+            r"evaluation\.bertscore\.encoder: got 'bert-base-chinese', expected a folder with an encoder",
+        ),
         ("extends: paper\non_nan: ignore", r"on_nan: .*'stop' or 'skip', got 'ignore'"),
         (
             "extends: paper\nstage1: {batching: packt}",
             r"stage1\.batching: .*'plain', 'grouped' or 'packed', got 'packt'",
         ),
         ("extends: tiny\nbase: {pretraining: {save_steps: 5}}", r"base\.pretraining\.save_steps: unknown field"),
-        ("extends: papre", r"unknown preset 'papre': use one of paper, tiny"),
+        ("extends: tiny\nmethod: lora", r"method: .*'dual-path', 'dense', 'plain', 'full' or 'zero-shot', got 'lora'"),
+        ("extends: tiny\nfrozen: [experts]", r"frozen\.0: .*'router', 'alpha' or 'lambda', got 'experts'"),
+        ("extends: tiny\nbase: {family: llava}", r"base\.family: .*'qwen2_vl' or 'llava_onevision', got 'llava'"),
+        ("extends: papre", r"unknown preset 'papre': use one of grid, paper, small, tiny"),
         ("image_side: 112", r"max_length: Field required"),
         ("[1, 2]", r"got list, expected a mapping"),
         ("a: [", r"no valid YAML"),

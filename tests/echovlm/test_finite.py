@@ -14,8 +14,8 @@ from echovlm.cpu_fsdp import shard_on_cpus
 from echovlm.recipe_parts import collator, example, small_config, tokenizer
 
 from examples.echovlm import training
-from examples.echovlm.base import build_model
 from examples.echovlm.config import EngineConfig
+from examples.echovlm.families import build_model
 from examples.echovlm.finite import PATIENCE
 from moe_adapter import MoEAdapterError, inject_dual_path_moe, set_stage
 from moe_adapter.sharding import whole
@@ -39,7 +39,7 @@ def run(folder: Path, on_nan: str, engine: dict, accumulation: int, cases: list[
     config = small_config(run={"learning_rate": 1e-2, "accumulation": accumulation, "epochs": 1}, on_nan=on_nan)
     config = dataclasses.replace(config, engine=EngineConfig(**engine))
     torch.manual_seed(0)
-    model = inject_dual_path_moe(build_model(config.base, tokenizer(), "eager"), **config.moe)
+    model = inject_dual_path_moe(build_model(config, tokenizer()), **config.moe)
     set_stage(model, 1)
     data = [dataclasses.replace(example(), case_id=name) for name in cases]
     trainer = training._trainer(model, data, NaNPixels(), config.stage1, config, folder)

@@ -67,13 +67,15 @@ def test_two_processes_equal_one(alone: tuple[list[str], Path], tmp_path: Path, 
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
         assert {path.name.split("-")[0] for path in (two / stage).iterdir()} <= {"moe_adapter.json", "weights", "lora"}
-    base = [json.loads((run / "evaluation" / "base.json").read_text()) for run in (one, two)]
-    loss = [scored.pop("general_loss") for scored in base]
+    base, loss = (
+        [json.loads((run / "evaluation" / "base" / f"{part}.json").read_text()) for run in (one, two)]
+        for part in ("report", "general")
+    )
     assert base[0] == base[1] and loss[1] == pytest.approx(loss[0], rel=1e-6)
     assert "on 2 processes" in (two / "report.md").read_text()
     assert said.count("== Stage II") == said.count("== Show cases") == 1
     cases = {scored["name"]: scored for scored in json.loads((two / "results.json").read_text())["models"]}
-    assert RoutingRecord.open(two / "routing.parquet").facts.cases == len(cases["base"]["answers"])
+    assert RoutingRecord.open(two / "routing.parquet").facts.cases == len(cases["base"]["tasks"]["report"]["answers"])
 
 
 @pytest.mark.slow
@@ -85,6 +87,7 @@ def test_phantoms_and_base_are_made_once_for_all(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.md").is_file()
 
 
+@pytest.mark.slow
 def test_an_error_ends_all_processes(alone: tuple[list[str], Path], tmp_path: Path) -> None:
     broken = tmp_path / "cases.jsonl"
     broken.write_text('{"id": "1"}\n')

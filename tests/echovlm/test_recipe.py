@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from echovlm.recipe_parts import PRESET
+from echovlm.recipe_parts import PRESET, write_encoder
 
 from examples.echovlm import recipe
 from examples.echovlm.__main__ import main
@@ -19,7 +19,10 @@ from moe_adapter.analysis.record import RoutingRecord
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "preset.yaml").write_text(PRESET)
-    assert main(["--preset", str(folder / "preset.yaml"), "--out", str(folder / "run")]) == 0
+    encoder = {"encoder": str(write_encoder(folder / "encoder")), "num_layers": 2}
+    evaluation = {"tasks": ["report", "diagnosis", "vqa"], "questions_per_case": 1, "bertscore": encoder}
+    (folder / "all.yaml").write_text(f"extends: {folder / 'preset.yaml'}\nevaluation: {json.dumps(evaluation)}\n")
+    assert main(["--preset", str(folder / "all.yaml"), "--out", str(folder / "run")]) == 0
     return folder
 
 
@@ -27,13 +30,33 @@ def test_it_writes_tables_figure_record_and_adapters(first_run: Path) -> None:
     run = first_run / "run"
     report, results = (run / "report.md").read_text(), json.loads((run / "results.json").read_text())
     models = {scored["name"]: scored for scored in results["models"]}
-    assert list(models) == ["most common report", "base", "stage I", "stage II", "stage II, images shuffled"]
+    assert list(models) == ["most common answer", "base", "stage I", "stage II", "stage II, images shuffled"]
     for text in ("| **average** |", "Findings stated right", "Figure 5", "examples_ybr_color", "Stage II"):
         assert text in report
     assert (run / "figure5.png").read_bytes().startswith(b"\x89PNG") and (run / "figure5.pdf").stat().st_size
     record = RoutingRecord.open(run / "routing.parquet")
-    assert len(record.facts.layers) == 2 and set(record.facts.groups) == set(models["base"]["by_organ"])
+    assert len(record.facts.layers) == 2 and set(record.facts.groups) == set(
+        models["base"]["tasks"]["report"]["by_organ"]
+    )
     assert (run / "stage1" / "moe_adapter.json").is_file() and list((run / "stage2").glob("lora-*"))
+
+
+def test_all_tasks_are_scored_and_each_score_says_how(first_run: Path) -> None:
+    results = json.loads((first_run / "run" / "results.json").read_text())
+    report = (first_run / "run" / "report.md").read_text()
+    names = {*results["metrics"], *results["finding_scores"]}
+    assert {"BLEU-1", "ROUGE-1", "ROUGE-L", "BERTScore (stand-in)"} <= names
+    assert {*results["metrics"], *results["metrics_left_out"]} >= {"METEOR"}
+    assert "NOT COMPARABLE" in results["metrics"]["BERTScore (stand-in)"]
+    organs = set(results["models"][0]["tasks"]["report"]["by_organ"])
+    for model in results["models"]:
+        assert list(model["tasks"]) == ["report", "diagnosis", "vqa"]
+        for task, scores in model["tasks"].items():
+            assert set(scores["by_organ"]) == organs and set(scores["overall"]) == names
+            assert len(scores["answers"]) == len(results["models"][0]["tasks"]["report"]["answers"]), task
+    assert set(results["differences"]["vqa"]) == {model["name"] for model in results["models"]} - {"stage II"}
+    for text in [*names, "## Report generation", "## Diagnosis", "## Question answering", "stage II minus"]:
+        assert text in report
 
 
 def test_the_static_path_remembers_the_general_text(first_run: Path) -> None:
@@ -87,4 +110,6 @@ def test_a_users_own_cases_and_checkpoint_go_the_same_way(first_run: Path) -> No
     assert read_cases(own)
     assert _run_on_the_first_base(first_run, first_run / "preset.yaml", own, first_run / "second") == 0
     assert not (first_run / "second" / "base").exists()
-    assert "| **all** | – |" in (first_run / "second" / "report.md").read_text()  # no attributes to find
+    results = json.loads((first_run / "second" / "results.json").read_text())
+    [scores] = results["models"][0]["tasks"].values()  # findings are read off the references
+    assert scores["overall"]["attributes"]["value"] is not None

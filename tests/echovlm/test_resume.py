@@ -90,7 +90,7 @@ def test_a_finished_run_resumes_to_the_same_report(finished, capsys) -> None:
     arguments, out = finished
     report, weights = (out / "report.md").read_text(), _weights(out)
     assert main([*arguments, "--out", str(out), "--resume"]) == 0
-    assert capsys.readouterr().out.count("finished before") == 9
+    assert capsys.readouterr().out.count("finished before") == 10
     assert (out / "report.md").read_text() == report and _weights(out) == weights
 
 
@@ -119,7 +119,9 @@ def test_stage_2_starts_from_a_stage_1_of_another_run(finished, tmp_path: Path, 
     assert main([*arguments, *given]) == 0
     assert f"taken over from {out / 'stage1'}" in capsys.readouterr().out
     assert not (tmp_path / "run" / "stage1").exists()
-    evaluated = [json.loads((run / "evaluation" / "stage I.json").read_text()) for run in (out, tmp_path / "run")]
+    evaluated = [
+        json.loads((run / "evaluation" / "stage I" / "report.json").read_text()) for run in (out, tmp_path / "run")
+    ]
     assert evaluated[0] == evaluated[1]
     assert main([*arguments, "--stage1", str(tmp_path), "--out", str(tmp_path / "none")]) == 2
     assert "--stage1" in capsys.readouterr().err

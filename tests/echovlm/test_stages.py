@@ -21,8 +21,9 @@ from transformers import (
 from examples.echovlm import training
 from examples.echovlm.account import Account
 from examples.echovlm.answering import answer
-from examples.echovlm.base import build_model, load_base
+from examples.echovlm.base import load_base
 from examples.echovlm.config import load_preset
+from examples.echovlm.families import build_model
 from examples.echovlm.stages import add_lora, lora_places, stage1, stage2
 from moe_adapter import DualPathMoE, MoEAdapterError, dual_path_layers, inject_dual_path_moe, set_stage
 from moe_adapter.integrations.chunked_loss import ChunkedLoss
@@ -33,7 +34,7 @@ STEPS = 12
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A base whose weights are stored in bf16."""
-    model = build_model(small_config().base, tokenizer(), "eager").to(torch.bfloat16)
+    model = build_model(small_config(), tokenizer()).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     collator().processor.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
@@ -73,7 +74,7 @@ def test_both_stages_compute_in_bf16_and_evaluation_in_the_bases_dtype(
         DualPathMoE, "_factors", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or factors(*args)
     )
     config, account = small_config("bf16"), Account()
-    model = build_model(config.base, tokenizer(), "eager")
+    model = build_model(config, tokenizer())
     for stage in (stage1, stage2):
         with account.step(stage.__name__):
             folder = tmp_path / stage.__name__
@@ -98,7 +99,7 @@ def test_the_base_keeps_its_dtype_where_that_mixes_with_bf16(
     checkpoint: Path, stored: torch.dtype, precision: str, dtype: torch.dtype
 ) -> None:
     config = small_config(precision)
-    build_model(config.base, tokenizer(), "eager").to(stored).save_pretrained(checkpoint)
+    build_model(config, tokenizer()).to(stored).save_pretrained(checkpoint)
     model, _ = load_base(checkpoint, config)
     assert _dtypes(model, trained=True) == {dtype}
 
@@ -126,9 +127,9 @@ def _qwen3_vl() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: build_model(small_config().base, tokenizer(), "eager"), (4, 2, 4)),
+        (lambda: build_model(small_config(), tokenizer()), (4, 2, 4)),
         (_qwen3_vl, (2, 0, 4)),  # the paper's pattern is of Qwen2-VL's names
-        (_llava, (0, 0, 4)),
+        (_llava, (6, 2, 4)),  # LLaVA-OneVision's names
     ],
 )
 def test_the_lora_is_told_where_it_sits(make, expected: tuple[int, int, int]) -> None:
@@ -153,7 +154,7 @@ def test_a_target_that_names_nothing_is_an_error() -> None:
 def test_moe_blocks_and_lora_are_groups_of_their_own(tmp_path: Path, rate: float | None) -> None:
     """With one learning rate, or one for the LoRA; nothing decays, and both follow the schedule."""
     config = small_config(lora=dataclasses.replace(load_preset("paper").lora, learning_rate=rate))
-    model = build_model(config.base, tokenizer(), "eager")
+    model = build_model(config, tokenizer())
     inject_dual_path_moe(model, **config.moe)
     tuned = add_lora(model, config)
     set_stage(tuned, 2)
@@ -176,7 +177,7 @@ def test_the_chunked_loss_trains_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     for chunked in (False, True):
         config, account = small_config(run={"learning_rate": 1e-3}, chunked_loss=chunked), Account()
         torch.manual_seed(0)
-        model = build_model(config.base, tokenizer(), "eager")
+        model = build_model(config, tokenizer())
         with account.step("stage1"):
             stage1(model, [example()] * 4, collator(), config, tmp_path / str(chunked), account, fresh=lambda: None)
         assert bool(chunks) == chunked
@@ -190,7 +191,7 @@ def test_the_chunked_loss_trains_the_same(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_stages_report_loads_and_balance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     config, account = small_config(report_to=("tensorboard",)), Account()
-    model = build_model(config.base, tokenizer(), "eager")
+    model = build_model(config, tokenizer())
     with account.step("stage1"):
         stage1(model, [example()] * 2, collator(), config, tmp_path / "stage1", account, fresh=lambda: None)
     board = EventAccumulator(str(tmp_path / "board"))
