@@ -129,7 +129,8 @@ def _cases(record: RoutingRecord, cases: Mapping[str, Mapping[str, Any]]) -> lis
     rows = record.count(["case", "group"], pc.field("case").isin(list(cases)))
     groups = dict(zip(rows["case"].to_pylist(), rows["group"].to_pylist(), strict=True))
     if missing := [case for case in cases if case not in groups]:
-        raise MoEAdapterError(f"{record.name} has no case {', '.join(map(repr, missing))}; name recorded cases.")
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise MoEAdapterError(f"{record.name} has no case {', '.join(map(repr, missing[:3]))}{more}.")
     return [_case(record, case, groups[case], given) for case, given in cases.items()]
 
 

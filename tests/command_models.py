@@ -56,7 +56,7 @@ def mixtral() -> tf.PreTrainedModel:
 def save_vlm(folder: Path) -> Path:
     """A Qwen2-VL with the recipe's processor: 2 × 2 image tokens a frame of SIDE pixels."""
     torch.manual_seed(0)
-    model = build_model(small_config().base, tokenizer(), "sdpa")  # pyright: ignore
+    model = build_model(small_config(attention="sdpa"), tokenizer())  # pyright: ignore
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -66,10 +66,14 @@ def test_a_page_needs_neither_cases_nor_a_model(recorded, tmp_path, capsys):
     assert page_data(tmp_path / "p.html")["cases"][0]["texts"] == {"note": "mine"}
 
 
-def test_a_page_of_a_case_that_was_not_recorded_is_refused(recorded, tmp_path, capsys):
+def test_cases_that_were_not_recorded_stay_out_of_the_page(recorded, tmp_path, capsys):
     cases = write_lines(tmp_path / "cases.jsonl", [{"id": "z", "prompt": "q"}])
     assert run("report", recorded / "r.parquet", "-o", tmp_path / "page.html", "--cases", cases) == 1
-    assert "has no case 'z'" in capsys.readouterr().err
+    assert "has none of the cases" in capsys.readouterr().err
+    write_lines(cases, [{"id": "z", "prompt": "q"}, {"id": "a", "prompt": "q"}])
+    assert run("report", recorded / "r.parquet", "-o", tmp_path / "page.html", "--cases", cases, *FAST) == 0
+    assert "1 of the 2 cases were not recorded" in capsys.readouterr().err
+    assert [case["id"] for case in page_data(tmp_path / "page.html")["cases"]] == ["a"]
 
 
 def gradcam(folder: Path, *arguments: str | Path) -> tuple[str | Path, ...]:
