@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import zoo
+from cpu_fsdp import shard_on_cpus
 from peft import get_peft_model
 from reference import perturb
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from moe_adapter import dual_path_layers, inject_dual_path_moe, set_stage
@@ -64,6 +66,8 @@ def arguments_of(engine: str) -> dict[str, Any]:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if engine == "fsdp2":
+        shard_on_cpus()
     return ENGINES[engine]
 
 
@@ -130,9 +134,19 @@ def train(
     trainer = (OrderedDualPath if mixin else Ordered)(model, args, train_dataset=data, data_collator=collate)
     seen = watch_experts(model) if case == "disjoint" else None
     trainer.train()
+    if not alone:
+        assert_engine(engine, trainer)
     if seen is not None and not alone:
         assert all(chosen == {0, 1} if dist.get_rank() == 0 else chosen == {2, 3} for chosen in seen)
     return {name: whole(p).float() - before[name] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_engine(engine: str, trainer: Trainer) -> None:
+    """That the training ran under the engine: accelerate takes another one without a word where it sees fit."""
+    enabled = {"fsdp2": trainer.is_fsdp_enabled, "zero": trainer.is_deepspeed_enabled}
+    assert [name for name, on in enabled.items() if on] == [name for name in enabled if engine.startswith(name)]
+    sharded = any(isinstance(p, DTensor) for p in trainer.model.parameters())
+    assert sharded == (engine == "fsdp2")
 
 
 def watch_experts(model: nn.Module) -> list[set[int]]:

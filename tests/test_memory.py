@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers as tf
 import zoo
+from cpu_fsdp import shard_on_cpus
 from distributed import run_ranks
-from echovlm.cpu_fsdp import shard_on_cpus
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor

@@ -14,6 +14,7 @@ from engines import BATCH, RANKS, Ordered, arguments_of, collate, micro_batches
 from transformers import Trainer, TrainingArguments
 
 from moe_adapter import dual_path_layers, inject_dual_path_moe, load_adapter, save_adapter, set_stage
+from moe_adapter.sharding import whole
 
 STEPS, RATE = 50, 2e-5
 
@@ -31,7 +32,7 @@ def alphas(engine: str | None, bf16: bool = True) -> list[torch.Tensor]:
 
     def look(stack, args, output):
         if engine != "zero3":  # which has spread them again
-            seen.append(torch.cat([layer.alpha.detach() for layer in layers]))
+            seen.append(torch.cat([whole(layer.alpha.detach()) for layer in layers]))
 
     layers = list(dual_path_layers(model).values())
     model.model.register_forward_hook(look)
@@ -99,7 +100,7 @@ def saved(engine: str, folder: str) -> dict[str, torch.Tensor]:
     Ordered(model, args, train_dataset=data, data_collator=collate).train()
     save_adapter(model, folder)
     layers = dual_path_layers(model)
-    return {name: layer.settled("alpha_logit").clone() for name, layer in layers.items()}
+    return {name: whole(layer.settled("alpha_logit")).clone() for name, layer in layers.items()}
 
 
 def adapted() -> torch.nn.Module:

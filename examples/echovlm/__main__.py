@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         description="The two-stage EchoVLM recipe: cases, base, stage I, stage II, evaluation, routing figure.",
         epilog="example: python -m examples.echovlm --preset tiny --cases cases.jsonl --base Qwen2-VL-7B --out run",
     )
-    parser.add_argument("--preset", required=True, help="tiny, grid, small, paper, or the path of a YAML file that extends one")
+    presets = "tiny, grid, small, paper, or the path of a YAML file that extends one"
+    parser.add_argument("--preset", required=True, help=presets)
     parser.add_argument("--cases", type=Path, help="your cases (docs/cases.md); phantoms are rendered without it")
     parser.add_argument("--base", type=Path, help="checkpoint directory; a small base is made without it")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything the run writes; empty or new")

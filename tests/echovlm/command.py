@@ -29,7 +29,7 @@ def die_in(stage: str, step: int) -> None:
 
 if __name__ == "__main__":
     _load_recipe()
-    from echovlm.cpu_fsdp import shard_on_cpus
+    from cpu_fsdp import shard_on_cpus
 
     shard_on_cpus()
     if place := os.environ.get("DIE_IN"):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_fsdp import shard_on_cpus
 from distributed import run_ranks
-from echovlm.cpu_fsdp import shard_on_cpus
 from echovlm.recipe_parts import collator, example, small_config, tokenizer
 
 from examples.echovlm import training

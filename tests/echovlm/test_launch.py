@@ -28,10 +28,10 @@ stage2: {{batch_size: 1, accumulation: {accumulation}, epochs: 0.05}}
 evaluation: {{batch_size: 2}}
 """
 ENGINES = [
-    pytest.param("{deepspeed: null}", id="ddp"),
     *(
         pytest.param(engine, id=name, marks=pytest.mark.slow)
         for name, engine in {
+            "ddp": "{deepspeed: null}",
             "zero2": "{deepspeed: zero2}",
             "zero3": "{deepspeed: zero3}",
             "zero3 offload": "{deepspeed: zero3, offload: true}",

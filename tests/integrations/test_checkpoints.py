@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from cpu_fsdp import shard_on_cpus
 from distributed import run_ranks
-from echovlm.cpu_fsdp import shard_on_cpus
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
