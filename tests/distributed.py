@@ -12,6 +12,7 @@ arguments and results are pickled, so they are tensors and plain values.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import pickle
@@ -26,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MARK = "MOE_ADAPTER_TEST_RUN"  # a variable by which processes that a launcher started, or left behind, are known
+PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 TAIL = 6000  # characters of a failed process's output that its error shows
 
 
@@ -133,6 +135,8 @@ def _launched(rank: int, n: int, port: int) -> dict[str, str]:
 
 
 def _rank(folder: Path, result: str) -> None:
+    if sys.platform == "linux":  # a test run that is killed leaves no rank behind, which would keep its memory
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     import torch
     import torch.distributed as dist
 

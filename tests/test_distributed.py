@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 import uuid
@@ -72,3 +73,23 @@ def test_what_a_launcher_started_is_killed_with_it():
     with pytest.raises(ProcessesHung):
         run_command([*launcher, "sleep", "1000"], timeout=10, MARK_OF_THIS_TEST=mark)
     assert not alive(mark)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends the ranks")
+def test_a_run_that_is_killed_leaves_no_rank_behind():
+    mark = uuid.uuid4().hex
+    code = "from distributed import run_ranks; from test_distributed import one_sleeps; run_ranks(2, one_sleeps)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "MARK_OF_THIS_TEST": mark}
+    run = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    _until(lambda: len(alive(mark)) == 3)
+    time.sleep(2)  # for what a rank does first
+    run.kill()
+    run.wait()
+    _until(lambda: not alive(mark))
+
+
+def _until(true) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -14,6 +14,7 @@ import transformers as tf
 import zoo
 from cpu_fsdp import shard_on_cpus
 from distributed import run_ranks
+from engines import without_compiling
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -329,6 +330,7 @@ class LastStep(tf.TrainerCallback):
 
 def trainer_peak(engine: str, tokens: int) -> int:
     """The most bytes alive in the Trainer's third step under an engine, on this rank."""
+    without_compiling()
     shard_on_cpus()
     rows = [dict(input_ids=(ids := torch.randint(3, 500, (tokens,))), labels=ids) for _ in range(8)]
     arguments = tf.TrainingArguments(
