@@ -25,7 +25,7 @@ def check(engine: str, runs: list[dict], tolerance: float) -> None:
                 assert error < tolerance, f"{runs[i]}, rank {rank}, {name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=pytest.mark.slow) if e == "zero3" else e for e in ENGINES])
 def test_equals_one_process(engine):
     check(engine, [*SAMPLE, OWN_LOSS] if engine == "ddp" else SAMPLE, 1e-3)
 

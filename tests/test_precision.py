@@ -74,7 +74,7 @@ def test_autocast():
     check(alphas(None), alphas(None, bf16=False))
 
 
-@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero2", *(pytest.param(e, marks=pytest.mark.slow) for e in ("zero3", "fsdp2"))])
 def test_engines(engine):
     expected = alphas(None, bf16=False)
     for found in run_ranks(RANKS, alphas, timeout=300, engine=engine):

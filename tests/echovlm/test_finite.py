@@ -109,7 +109,7 @@ def job(folder: Path, engine: dict, accumulation: int) -> tuple[int, str]:
 
 
 ENGINES = [
-    pytest.param({}, 1, id="ddp"),
+    pytest.param({}, 1, id="ddp", marks=pytest.mark.slow),
     *(
         pytest.param(engine, accumulation, id=f"{name} {accumulation}", marks=pytest.mark.slow)
         for name, engine in {

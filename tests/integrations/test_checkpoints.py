@@ -107,7 +107,6 @@ def job(folder: Path, stage: int, steps: list[int], arguments: dict) -> None:
 ENGINES = {"ddp": {}, "zero2": dict(deepspeed=zero_config(2)), "zero3": dict(deepspeed=zero_config(3))}
 ENGINES["fsdp2"] = fsdp_arguments()
 RUNS = [
-    pytest.param("ddp", 2, {}, id="ddp"),
     *(
         pytest.param(
             engine, stage, precision, id=f"{engine} {stage} {'bf16' if precision else ''}", marks=pytest.mark.slow

@@ -212,6 +212,7 @@ def ranks_train(folder: str) -> tuple[dict, dict, list[dict]]:
     return (*weights, watched.state.log_history)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     (ours, theirs, logs), (_, _, logs_1) = run_ranks(2, ranks_train, folder=str(tmp_path))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
