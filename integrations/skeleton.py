@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.integrations.peft import stage2_lora
+from moe_adapter.integrations.pretrained import auto_class
 
 
 def load_skeleton(source: str, *, attention: str = "sdpa") -> Any:
@@ -30,12 +31,9 @@ def load_skeleton(source: str, *, attention: str = "sdpa") -> Any:
             f"{source}: {_first_line(error)} Expected a directory that holds config.json, that file itself, or the "
             "name of a model on the hub, which takes a network or a model that was fetched before."
         ) from error
-    auto = AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else None
     try:
         with torch.device("meta"):
-            return (auto or AutoModelForCausalLM).from_config(
-                config, dtype=torch.bfloat16, attn_implementation=attention
-            )
+            return auto_class(config).from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     except (ValueError, ImportError) as error:
         raise MoEAdapterError(f"{source}, with {attention} attention: {_first_line(error)}") from error
 

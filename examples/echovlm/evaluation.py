@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from examples.echovlm.general import blocks, general_text
 from examples.echovlm.metrics import TextMetrics
 from examples.echovlm.scoring import HeldOut, TaskScores
 from examples.echovlm.significance import Difference
-from examples.echovlm.tasks import Example, examples_of
+from examples.echovlm.tasks import Example, draw_questions, examples_of
 from examples.echovlm.training import own_precision
 from moe_adapter.directory import replace_file
 
@@ -56,13 +55,7 @@ class Evaluator:
         self.collator, self.config, self.account = collator, config, account
         self.metrics = TextMetrics(config.evaluation.bertscore)
         self.text = blocks(general_text()[1], collator.processor.tokenizer)[:GENERAL_BLOCKS]
-        cases = data.test
-        if (most := config.evaluation.questions_per_case) is not None:
-            drawn = (random.Random(f"{config.seed} {case.id}") for case in cases)  # each case its own, whoever is asked
-            cases = [
-                replace(case, questions=tuple(rng.sample(case.questions, min(most, len(case.questions)))))
-                for case, rng in zip(cases, drawn, strict=True)
-            ]
+        cases = draw_questions(data.test, config.evaluation.questions_per_case, config.seed)
         asked = {task: examples_of(cases, data.folder, (task,)) for task in config.evaluation.tasks}
         self.held_out = {task: HeldOut(task, examples, cases) for task, examples in asked.items() if examples}
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from examples.echovlm.cases import Case
+from examples.echovlm.findings import parse_findings
+
 SIZE_SHARE, SIZE_MM = 0.1, 2.0  # a size is right within the larger of the two
 FINDING_SCORES = {
     "attributes": "attributes of the truth that the answer states with their exact value; a wrong and a missing one "
@@ -17,6 +20,12 @@ FINDING_SCORES = {
 }
 
 Findings = Mapping[str, str]
+
+
+def truth_of(task: str, reference: str, case: Case) -> dict[str, str]:
+    """A report's is the case's attributes; where there are none, and of another task, what the reference states."""
+    known = case.attributes if task == "report" else {}
+    return dict(known) or parse_findings(reference, case.organ, case.language)
 
 
 def finding_sums(stated: Sequence[Findings], truths: Sequence[Findings]) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from examples.echovlm.cases import Case
-from examples.echovlm.finding_scores import Findings, finding_sums
+from examples.echovlm.finding_scores import Findings, finding_sums, truth_of
 from examples.echovlm.findings import parse_findings
 from examples.echovlm.metrics import TextMetrics, corpus_score
 from examples.echovlm.significance import Difference, Strata, Sums, differences, estimates
@@ -54,8 +54,9 @@ class HeldOut:
     def sums(self, answers: Sequence[str], metrics: TextMetrics) -> dict[str, np.ndarray]:
         """The sums (N, S) of every score of one answer per question."""
         stated = [self._read(answer, case) for answer, case in zip(answers, self.cases, strict=True)]
-        truths = [self._truth(example, case) for example, case in zip(self.examples, self.cases, strict=True)]
         references = [example.answer for example in self.examples]
+        pairs = zip(references, self.cases, strict=True)
+        truths = [truth_of(self.task, reference, case) for reference, case in pairs]
         return metrics.sums(answers, references) | finding_sums(stated, truths)
 
     def scores(self, answers: Sequence[str], sums: Sums) -> TaskScores:
@@ -87,11 +88,6 @@ class HeldOut:
     def _strata(self, members: Iterable[int]) -> Strata:
         cases = [self.cases[i] for i in members]
         return Strata([case.organ for case in cases], [case.patient for case in cases])
-
-    def _truth(self, example: Example, case: Case) -> Findings:
-        """A report's is the case's attributes; where there are none, and of another task, what the reference states."""
-        known = case.attributes if self.task == "report" else {}
-        return known or self._read(example.answer, case)
 
     def _read(self, text: str, case: Case) -> Findings:
         return parse_findings(text, case.organ, case.language)

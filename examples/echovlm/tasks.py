@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def examples_of(cases: Iterable[Case], folder: Path, tasks: Iterable[str] = TASK
     `folder`: what the cases' image paths are relative to.
     """
     return [example for case in cases for task in tasks for example in _examples(case, folder, task)]
+
+
+def draw_questions(cases: Iterable[Case], most: int | None, seed: int) -> list[Case]:
+    """The cases with at most so many of their questions each, drawn; all where `most` is None."""
+    if most is None:
+        return list(cases)
+    asked = []
+    for case in cases:
+        rng = random.Random(f"{seed} {case.id}")  # each case its own, whoever else is asked
+        asked.append(replace(case, questions=tuple(rng.sample(case.questions, min(most, len(case.questions))))))
+    return asked
 
 
 def report_example(case: Case, folder: Path) -> Example:

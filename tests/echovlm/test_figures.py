@@ -29,10 +29,11 @@ from examples.echovlm.figures.architecture import architecture, parameters_by_pa
 from examples.echovlm.figures.case_pages import choose, page
 from examples.echovlm.figures.generic import generic, wrapped
 from examples.echovlm.figures.gradcam import read_boxes
-from examples.echovlm.figures.marks import marks, truth_of
+from examples.echovlm.figures.marks import marks
 from examples.echovlm.figures.overview import counts, overview
 from examples.echovlm.figures.pipeline import pipeline, read_manifest
 from examples.echovlm.figures.runs import Run
+from examples.echovlm.finding_scores import truth_of
 from examples.echovlm.methods import choose_trained, inject
 from examples.echovlm.phantom import generate_cases
 from examples.echovlm.stages import add_lora

@@ -12,8 +12,9 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from examples.echovlm.figures import figure
-from examples.echovlm.figures.marks import MEANING, SYMBOLS, Mark, marks, truth_of
+from examples.echovlm.figures.marks import MEANING, SYMBOLS, Mark, marks
 from examples.echovlm.figures.runs import Run
+from examples.echovlm.finding_scores import truth_of
 from moe_adapter.errors import MoEAdapterError
 
 if TYPE_CHECKING:

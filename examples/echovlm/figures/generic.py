@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from examples.echovlm.cases import Case, read_cases
 from examples.echovlm.figures import figure, save
-from examples.echovlm.figures.marks import SYMBOLS, marks, truth_of
+from examples.echovlm.figures.marks import SYMBOLS, marks
 from examples.echovlm.figures.runs import Run
+from examples.echovlm.finding_scores import truth_of
 from examples.echovlm.tasks import Example, report_example
 from moe_adapter.errors import MoEAdapterError
 

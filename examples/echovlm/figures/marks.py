@@ -30,12 +30,6 @@ class Mark:
     truth: str
 
 
-def truth_of(task: str, reference: str, case: Case) -> dict[str, str]:
-    """A report's is the case's attributes; where there are none, and of another task, what the reference states."""
-    known = case.attributes if task == "report" else {}
-    return dict(known) or parse_findings(reference, case.organ, case.language)
-
-
 def marks(answer: str, truth: Mapping[str, str], case: Case) -> list[Mark]:
     """A mark for each attribute of the truth, then for each that the answer alone states."""
     stated = parse_findings(answer, case.organ, case.language)

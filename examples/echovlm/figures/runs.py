@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.echovlm.cases import Case, read_cases
-from examples.echovlm.tasks import TASKS, Example, examples_of
+from examples.echovlm.tasks import TASKS, Example, draw_questions, examples_of
 from moe_adapter.errors import MoEAdapterError
 
 if TYPE_CHECKING:
@@ -63,14 +62,8 @@ class Run:
 
     def held_out(self, task: str) -> list[Example]:
         """The task's questions about the held-out cases, in the order in which the evaluation asks them."""
-        evaluation = self.started_with["evaluation"]
-        cases = [case for case in self.cases if case.split == "test"]
-        if (most := evaluation.get("questions_per_case")) is not None:  # drawn as `evaluation.Evaluator` does
-            drawn = (random.Random(f"{self.started_with['seed']} {case.id}") for case in cases)
-            cases = [
-                replace(case, questions=tuple(rng.sample(case.questions, min(most, len(case.questions)))))
-                for case, rng in zip(cases, drawn, strict=True)
-            ]
+        most, seed = self.started_with["evaluation"].get("questions_per_case"), self.started_with["seed"]
+        cases = draw_questions((case for case in self.cases if case.split == "test"), most, seed)
         return examples_of(cases, self.cases_file.parent, (task,))
 
     @cached_property
