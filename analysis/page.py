@@ -145,12 +145,16 @@ def _case(record: RoutingRecord, case: str, group: str, given: Mapping[str, Any]
     shown = []
     for number, (frame, (rows, columns)) in enumerate(zip(frames, grids, strict=True)):
         experts = {layer: frames_of[number].ravel().tolist() for layer, frames_of in maps.items()}
-        shown.append({"image": _data_uri(frame), "rows": rows, "columns": columns, "experts": experts})
+        shown.append({"image": data_uri(frame), "rows": rows, "columns": columns, "experts": experts})
     texts = {name: str(text) for name, text in given.get("texts", {}).items()}
     return {"id": case, "group": group, "frames": shown, "texts": texts}
 
 
-def _data_uri(frame: Any) -> str:
+def data_uri(frame: Any) -> str:
+    """An image, or a file that Pillow reads, as a JPEG of at most FRAME_SIDE pixels a side that a page can hold.
+
+    Raises: MoEAdapterError for what Pillow does not read.
+    """
     try:
         image = (frame if isinstance(frame, Image.Image) else Image.open(frame)).convert("RGB")
     except OSError as error:

@@ -77,7 +77,7 @@ def run(seconds: float, figure: Path, *, toy: bool) -> str:
     )
     add(_memory(large, small, dtypes, device))
     add(_rest(small, large if cuda else small, like, ["auto", "grouped_mm", "eager"], seconds))
-    add(_recording(small, like, seconds))
+    add(_recording(small.of(tokens=min(small.tokens, 512)), like, seconds))
     sweeps = _sweeps(fine, like, backends, seconds / 4, toy=toy)
     page.scaling_figure(sweeps, figure)
     image = f"![Training step over the ideal]({figure.name})"

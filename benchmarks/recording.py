@@ -16,7 +16,7 @@ from moe_adapter import inject_dual_path_moe
 from moe_adapter.analysis.record import record_routing
 from moe_adapter.analysis.tally import count_routing
 
-LAYERS, FORWARDS = 8, 8
+LAYERS, FORWARDS = 4, 4
 PLAIN = "plain"
 
 
@@ -51,4 +51,6 @@ def recording_times(shape: Shape, like: Tensor, seconds: float) -> Times:
             forwards()
 
     with folder:
-        return interleaved({PLAIN: forwards, "record_routing": recorded, "count_routing": counted}, seconds=seconds)
+        return interleaved(
+            {PLAIN: forwards, "record_routing": recorded, "count_routing": counted}, seconds=seconds, rounds=40
+        )

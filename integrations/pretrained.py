@@ -125,6 +125,27 @@ def answer_ids(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> to
     return out[:, inputs["input_ids"].shape[1] :]
 
 
+def answer_to(
+    model: Any, tokenizer: Any, inputs: Mapping[str, Any], given: str | None, max_new_tokens: int
+) -> list[int]:
+    """The ids of the answer that is given, or of the model's own to one prompt, without what ends it.
+
+    Raises:
+        MoEAdapterError: nothing is left.
+    """
+    if given is not None:
+        ids = tokenizer(given, add_special_tokens=False)["input_ids"]
+    else:
+        with torch.inference_mode():
+            ids = answer_ids(model, inputs, max_new_tokens)[0].tolist()
+    special = set(tokenizer.all_special_ids)
+    while ids and ids[-1] in special:
+        ids = ids[:-1]
+    if not ids:
+        raise MoEAdapterError("the model's answer is empty; give one with --answer")
+    return ids
+
+
 def read(model: Any, inputs: Mapping[str, Any]) -> None:
     """One forward for what happens inside the model: no cache, and where it can be, logits of the last token alone."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no argument

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from moe_adapter.sharding import whole
@@ -17,7 +17,8 @@ class KeepsFloat32(nn.Module):
     """A module whose own parameters follow `.to(device)` but are never cast below float32.
 
     In bfloat16 a router's top-k flips, and a scalar at 0.5 swallows a step of 2e-5. DeepSpeed's bf16 and fp16 engines
-    cast them nevertheless and train a float32 master of each; there `precise` is the master's value.
+    cast them nevertheless and train a float32 master of each, and under FSDP2's mixed precision a forward sees a cast
+    copy of the float32 shards; there `precise` is the master's value.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,7 @@ class KeepsFloat32(nn.Module):
         """
         parameter = getattr(self, name)
         value = parameter.to(wide(parameter.dtype))
-        if name not in self._masters:
+        if parameter.dtype in WIDE or name not in self._masters:
             return value
         return value + (self._masters[name].to(value.device) - value.detach())
 
@@ -52,26 +53,30 @@ class KeepsFloat32(nn.Module):
         """Whether an engine has cast own parameters, so that their values are masters, spread over ranks."""
         return any(p.dtype not in WIDE and has_master(p) for p in self.parameters(recurse=False))
 
-    def follow_masters(self) -> None:
-        """Look the masters of cast parameters up; under DeepSpeed a collective of all ranks."""
+    def follow_masters(self, training: bool) -> None:
+        """Look up the masters of what is cast, or will be: a collective of all ranks that hold the model together.
+
+        DeepSpeed's not in evaluation, which its ranks need not do in step.
+        """
         for name, parameter in self._parameters.items():
-            master = None if parameter is None or parameter.dtype in WIDE else float32_master(parameter)
-            if master is None:
-                self._masters.pop(name, None)
-            else:
+            if parameter is None:
+                continue
+            if hasattr(parameter, "full_tensor"):  # FSDP2's, before the unit around it gathers and casts it
+                self._masters[name] = whole(parameter)
+            elif training and parameter.dtype not in WIDE and (master := float32_master(parameter)) is not None:
                 self._masters[name] = master
 
 
 class FollowMasters:
-    """Forward pre-hook of the module that runs the blocks: in training its layers see what the last step changed."""
+    """Forward pre-hook of the module that runs the blocks: its layers see what the last step changed."""
 
     def __init__(self, parts: Sequence[KeepsFloat32]):
         self.parts = parts
 
     def __call__(self, stack: nn.Module, args: tuple) -> None:
-        if stack.training and "deepspeed" in sys.modules and not torch.compiler.is_compiling():
+        if dist.is_available() and dist.is_initialized() and not torch.compiler.is_compiling():
             for part in self.parts:
-                part.follow_masters()
+                part.follow_masters(stack.training)
 
 
 def float32_master(parameter: nn.Parameter) -> torch.Tensor | None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def pytest_configure() -> None:
@@ -36,3 +40,20 @@ def nan_filled_memory(monkeypatch: pytest.MonkeyPatch):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, headless. Of a module: playwright's own loop would break the asyncio of others."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.skip("no playwright: pip install playwright")
+    with sync_playwright() as playwright:
+        found = [path for path in map(shutil.which, BROWSERS) if path]
+        found += [path for path in [playwright.chromium.executable_path] if Path(path).exists()]
+        if not found:
+            pytest.skip("no Chromium: apt-get install chromium, or playwright install chromium")
+        browser = playwright.chromium.launch(executable_path=found[0], args=["--no-sandbox"])
+        yield browser
+        browser.close()

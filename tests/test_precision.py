@@ -29,14 +29,8 @@ def alphas(engine: str | None, bf16: bool = True) -> list[torch.Tensor]:
     inject_dual_path_moe(model, num_experts=4, expert_dim=16, shared_expert_dim=24, alpha_init=0.9)
     set_stage(model, 1)
     seen: list[torch.Tensor] = []
-
-    def look(stack, args, output):
-        if engine != "zero3":  # which has spread them again
-            seen.append(torch.cat([whole(layer.alpha.detach()) for layer in layers]))
-
-    layers = list(dual_path_layers(model).values())
-    model.model.register_forward_hook(look)
-    for layer in layers if engine == "zero3" else []:
+    layers = dual_path_layers(model).values()
+    for layer in layers:  # within the forward: before and after it an engine may hold something else
         layer.register_forward_hook(lambda part, args, output: seen.append(part.alpha.detach().clone()))
     alone = not dist.is_initialized()
     args = TrainingArguments(
@@ -55,9 +49,8 @@ def alphas(engine: str | None, bf16: bool = True) -> list[torch.Tensor]:
     )
     data = [row for batch in micro_batches("uneven", RANKS * STEPS) for row in batch]
     Ordered(model, args, train_dataset=data, data_collator=collate).train()
-    if engine == "zero3":
-        seen = [torch.cat(seen[i : i + len(layers)]) for i in range(0, len(seen), len(layers))]
-    return seen[:: RANKS if alone else 1]
+    steps = [torch.cat(seen[i : i + len(layers)]) for i in range(0, len(seen), len(layers))]
+    return steps[:: RANKS if alone else 1]
 
 
 def check(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:

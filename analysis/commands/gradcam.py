@@ -9,7 +9,6 @@ from typing import Any
 from moe_adapter.analysis.commands import command
 from moe_adapter.analysis.commands._options import add_model, at_least, loading
 from moe_adapter.analysis.commands._output import as_json
-from moe_adapter.errors import MoEAdapterError
 
 EXAMPLES = (
     "moe-adapter gradcam Qwen2-VL-7B --adapter runs/a --image 1.png --prompt 'Describe.' --phrase cyst -o cam.png",
@@ -49,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer = pretrained.tokenizer_of(processor)
         content = [*({"type": "image", "image": frame} for frame in frames), {"type": "text", "text": options.prompt}]
         inputs = pretrained.encode(model, processor, [[{"role": "user", "content": content}]], answered=False)
-        ids = _answer(pretrained, model, tokenizer, inputs, options)
+        ids = pretrained.answer_to(model, tokenizer, inputs, options.answer, options.max_new_tokens)
         positions = options.token if options.phrase is None else find_phrase(tokenizer, ids, options.phrase)
         layer = int(options.layer) if options.layer.lstrip("-").isdigit() else options.layer
         maps = grad_cam(model, inputs, ids, positions, layer=layer)
@@ -58,23 +57,6 @@ def run(options: argparse.Namespace) -> None:
     phrase = tokenizer.decode([ids[position] for position in chosen], skip_special_tokens=True).strip()
     figure = gradcam_figure(frames, maps, phrase=options.phrase or phrase)
     _print(_save(figure, options), tokenizer.decode(ids, skip_special_tokens=True), texts, chosen, maps, options)
-
-
-def _answer(pretrained: Any, model: Any, tokenizer: Any, inputs: Any, options: argparse.Namespace) -> list[int]:
-    """The answer's ids, without what ends it."""
-    import torch
-
-    if options.answer is not None:
-        ids = tokenizer(options.answer, add_special_tokens=False)["input_ids"]
-    else:
-        with torch.inference_mode():
-            ids = pretrained.answer_ids(model, inputs, options.max_new_tokens)[0].tolist()
-    special = set(tokenizer.all_special_ids)
-    while ids and ids[-1] in special:
-        ids = ids[:-1]
-    if not ids:
-        raise MoEAdapterError("the model's answer is empty; give one with --answer.")
-    return ids
 
 
 def _save(figure: Any, options: argparse.Namespace) -> list[Path]:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from examples.echovlm.command_line import fail, load_recipe, processes
 from examples.echovlm.config import ACCOUNT, load_preset
 from moe_adapter import MoEAdapterError
 from moe_adapter.directory import INDEX
@@ -24,48 +20,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check_paths(options)
         config = load_preset(options.preset)
-        run = _load_recipe()
-        with _processes():
+        run = load_recipe()
+        with processes():
             run(config, cases_file=options.cases, base=options.base, out=options.out, stage1_from=options.stage1)
     except MoEAdapterError as error:
-        return _fail(error)
+        return fail(error)
     except (OSError, SafetensorError) as error:
         if "No space left" not in str(error):
             raise
-        return _fail(f"{error}: make room on the disk of {options.out}, and go on with --resume")
+        return fail(f"{error}: make room on the disk of {options.out}, and go on with --resume")
     return 0
-
-
-def _fail(reason: object) -> int:
-    rank = int(os.environ.get("RANK", 0))
-    print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr)
-    return 2
-
-
-@contextmanager
-def _processes() -> Iterator[None]:
-    """Beside the other processes that a launcher has started, only the first of which speaks."""
-    from examples.echovlm import ranks
-
-    ranks.join()
-    if not ranks.is_main():
-        logging.getLogger("moe_adapter").setLevel(logging.ERROR)
-    yield
-    ranks.leave()  # not after an error, which the others don't know of: it would wait for them
-
-
-def _load_recipe() -> Callable[..., Path]:
-    """The recipe, imported once the libraries below it are told to speak of errors only."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # its level it sets itself
-    from transformers.utils.logging import set_verbosity_error
-
-    from examples.echovlm.recipe import run
-
-    set_verbosity_error()
-    return run
 
 
 def _parser() -> argparse.ArgumentParser:

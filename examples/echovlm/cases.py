@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from examples.echovlm.files import replaced
 from moe_adapter.errors import MoEAdapterError
 
 LANGUAGES = ("en", "zh")
@@ -89,16 +89,8 @@ def read_cases(path: str | os.PathLike[str]) -> list[Case]:
 def write_cases(path: str | os.PathLike[str], cases: Iterable[Case]) -> Path:
     """Write cases as JSONL in UTF-8; atomic: a kill in the middle leaves the old file whole."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(asdict(case), ensure_ascii=False) + "\n" for case in cases)
-        os.chmod(partial, 0o644)  # mkstemp's 0o600 would hide the file from a user's group
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with replaced(path) as file:
+        file.writelines((json.dumps(asdict(case), ensure_ascii=False) + "\n").encode() for case in cases)
     return path
 
 

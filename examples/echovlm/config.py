@@ -136,6 +136,19 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
+class SamplingConfig:
+    """How often the stages draw each organ: in proportion to its weight · examples^temperature (`corpus/sampling.py`).
+
+    1 draws them as they are, 0 all alike; weights are 1 where none is given. `keep`: organ → share of its training
+    cases that is used at all, to make a long tail or a learning curve.
+    """
+
+    temperature: Annotated[float, Field(ge=0, le=1)] = 1.0
+    weights: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
+    keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
 class PhantomConfig:
     """How many phantom cases to render when the user brings none."""
 
@@ -197,9 +210,9 @@ class RecipeConfig:
     the processor multiplies it natively. `chunked_loss`: the stages never hold a batch's whole logits. `on_nan`: what a
     loss that is not finite does to the run. `report_to`: where the stages' losses, loads, α and λ go, such as
     "tensorboard". `moe`: arguments of `moe_adapter.DualPathConfig`. `instructions`: stage
-    II's tasks, and how often an epoch shows each case's examples of them. `phantoms` and `base` are None where the
-    preset expects the user's own cases and checkpoint; what `base` says of `text` and `vision` only transformers
-    checks.
+    II's tasks, and how often an epoch shows each case's examples of them. `sampling`: how often both stages draw each
+    organ. `phantoms` and `base` are None where the preset expects the user's own cases and checkpoint; what `base` says
+    of `text` and `vision` only transformers checks.
     """
 
     method: Method
@@ -219,6 +232,7 @@ class RecipeConfig:
     stage1: StageConfig
     stage2: StageConfig
     instructions: dict[Task, PositiveInt]
+    sampling: SamplingConfig
     evaluation: EvaluationConfig
     phantoms: PhantomConfig | None = None
     base: BaseConfig | None = None
@@ -284,6 +298,7 @@ def _field_names() -> list[str]:
         StageConfig,
         EngineConfig,
         LoRAConfig,
+        SamplingConfig,
         PhantomConfig,
         BaseConfig,
         EvaluationConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from examples.echovlm.dicom import CASES as OPEN_CASES
 from examples.echovlm.dicom import open_dicom_cases
 from examples.echovlm.phantom import CASES, generate_cases
 from examples.echovlm.tasks import Example, report_example
+from moe_adapter import MoEAdapterError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ def load_data(config: RecipeConfig, cases_file: Path | None, out: Path, account:
     for split in ("train", "test"):
         if not by_split[split]:
             raise CaseError(f"{path}: got no case of split {split!r}, expected at least one; set 'split' on some")
+    by_split["train"] = _keep(by_split["train"], config)
     _tell(by_split["train"], by_split["test"], account)
     if not made and ranks.is_main():
         open_dicom_cases(out / "dicom")
@@ -83,10 +86,29 @@ def _render(config: RecipeConfig, out: Path, account: Account) -> None:
     account.say(f"rendered phantoms, {phantoms.frames} frames of {phantoms.size} pixels a side each, into {out}")
 
 
+def _keep(cases: Sequence[Case], config: RecipeConfig) -> tuple[Case, ...]:
+    """The cases of all patients but those that the preset's `sampling.keep` leaves out, at random.
+
+    Raises: MoEAdapterError if it names an organ that has no case.
+    """
+    left_out: set[tuple[str, str]] = set()
+    for organ, share in config.sampling.keep.items():
+        patients = sorted({case.patient for case in cases if case.organ == organ})
+        if not patients:
+            organs = ", ".join(sorted({case.organ for case in cases}))
+            raise MoEAdapterError(
+                f"sampling.keep: got {organ!r}, which no training case is of; expected some of {organs}"
+            )
+        order = random.Random(f"{config.seed} {organ}").sample(patients, len(patients))
+        left_out |= {(organ, patient) for patient in order[max(1, round(share * len(order))) :]}
+    return tuple(case for case in cases if (case.organ, case.patient) not in left_out)
+
+
 def _tell(train: Sequence[Case], test: Sequence[Case], account: Account) -> None:
-    languages = Counter(case.language for case in train)
+    languages, organs = (Counter(getattr(case, name) for case in train) for name in ("language", "organ"))
+    each = ", ".join(f"{count} {organ}" for organ, count in organs.most_common())
     account.say(
-        f"{len(train)} training and {len(test)} held-out cases (no patient in both) of "
-        f"{len({case.organ for case in train})} organs; training reports: "
+        f"{len(train)} training and {len(test)} held-out cases (no patient in both) of {len(organs)} organs"
+        f"{f' ({each})' if len(set(organs.values())) > 1 else ''}; training reports: "
         + ", ".join(f"{count} {language}" for language, count in languages.most_common())
     )

@@ -87,7 +87,7 @@ class Evaluator:
     def differences(self, tuned: Scored, others: Sequence[Scored]) -> dict[str, dict[str, dict[str, Difference]]]:
         """How much `tuned` scores above each other model: task → model → score."""
         return {
-            task: {other.name: held_out.differences(tuned.tasks[task], other.tasks[task]) for other in others}
+            task: {o.name: held_out.differences(tuned.tasks[task].sums, o.tasks[task].sums) for o in others}
             for task, held_out in self.held_out.items()
         }
 

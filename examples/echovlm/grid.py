@@ -22,7 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from examples.echovlm import ranks
-from examples.echovlm.__main__ import _fail, _load_recipe, _processes
+from examples.echovlm.command_line import fail, load_recipe, processes
 from examples.echovlm.config import RecipeConfig, load_preset
 from examples.echovlm.phantom import CASES
 from moe_adapter import MoEAdapterError
@@ -155,11 +155,11 @@ def main(arguments: list[str] | None = None) -> int:
         arms = read_arms(options.table, options.arms.split(",") if options.arms else None)
         bases = dict(_base(text, arms) for text in options.base)
         _check_out(options.out)
-        _load_recipe()
-        with _processes():
+        load_recipe()
+        with processes():
             print(run_grid(options.preset, arms, options.out, cases_file=options.cases, bases=bases))
     except MoEAdapterError as error:
-        return _fail(error)
+        return fail(error)
     return 0
 
 

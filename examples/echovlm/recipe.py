@@ -18,6 +18,7 @@ from examples.echovlm.answering import answer
 from examples.echovlm.base import load_base, make_base
 from examples.echovlm.collator import Collator
 from examples.echovlm.config import ACCOUNT, PresetError, RecipeConfig
+from examples.echovlm.corpus.sampling import balanced
 from examples.echovlm.data import Data, load_data
 from examples.echovlm.evaluation import Evaluator
 from examples.echovlm.methods import METHODS, count_parameters
@@ -93,9 +94,14 @@ def run(
 
 
 def _examples(stage: int, data: Data, config: RecipeConfig) -> list[Example]:
-    """What a stage trains on: image-report pairs, then instructions."""
+    """What a stage trains on: image-report pairs, then instructions, each organ as often as the preset says."""
     tasks = {"report": 1} if stage == 1 else config.instructions
-    return [e for task, times in tasks.items() for e in examples_of(data.train, data.folder, (task,)) * times]
+    examples = [e for task, times in tasks.items() for e in examples_of(data.train, data.folder, (task,)) * times]
+    how = config.sampling
+    if how.temperature == 1 and not how.weights:
+        return examples
+    drawn = balanced([e.organ for e in examples], temperature=how.temperature, weights=how.weights, seed=config.seed)
+    return [examples[i] for i in drawn]
 
 
 def _static_loss(model: PreTrainedModel, evaluator: Evaluator) -> float | None:

@@ -81,9 +81,9 @@ class HeldOut:
             sums=sums,
         )
 
-    def differences(self, a: TaskScores, b: TaskScores) -> dict[str, Difference]:
-        """How much model a scores above model b on these questions."""
-        return differences(self._strata(range(len(self.cases))), a.sums, b.sums)
+    def differences(self, a: Sums, b: Sums) -> dict[str, Difference]:
+        """How much model a scores above model b on these questions, of the sums of their answers."""
+        return differences(self._strata(range(len(self.cases))), a, b)
 
     def _strata(self, members: Iterable[int]) -> Strata:
         cases = [self.cases[i] for i in members]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,30 +18,9 @@ from moe_adapter.analysis.resampling import Resampling
 from moe_adapter.analysis.tally import count_routing
 
 QUICK = Resampling(resamples=20, permutations=99)
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 EVIL = "</script><script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 PROMPT, IMAGE, GENERATED = 0, 1, 4
 REDS = [Image.new("RGB", (40, 30), "red")] * 2
-
-
-def absent(reason: str) -> None:
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        absent("no playwright: pip install playwright")
-    with sync_playwright() as playwright:
-        found = [path for path in map(shutil.which, BROWSERS) if path]
-        found += [path for path in [playwright.chromium.executable_path] if Path(path).exists()]
-        if not found:
-            absent("no Chromium: apt-get install chromium, or playwright install chromium")
-        browser = playwright.chromium.launch(executable_path=found[0], args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from examples.echovlm.__main__ import _load_recipe, main
+from examples.echovlm.__main__ import main
+from examples.echovlm.command_line import load_recipe
 
 
 def die_in(stage: str, step: int) -> None:
@@ -28,7 +29,7 @@ def die_in(stage: str, step: int) -> None:
 
 
 if __name__ == "__main__":
-    _load_recipe()
+    load_recipe()
     from cpu_fsdp import shard_on_cpus
 
     shard_on_cpus()

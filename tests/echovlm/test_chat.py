@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +22,6 @@ from examples.echovlm.families import build_model
 from examples.echovlm.processor import build_processor
 from moe_adapter import MoEAdapterError, dual_path_layers, inject_dual_path_moe, load_adapter, save_adapter
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ALPHAS, LAMS = (0.3, 0.8), (0.6, 0.25)
 TOKENS, CONTEXT = 12, 256  # of an answer, and in all
 QUESTION, CHINESE = "What is seen <b>here</b>?", "甲状腺左叶可见囊肿吗？"
@@ -87,22 +85,6 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.skip("no playwright: pip install playwright")
-    with sync_playwright() as playwright:
-        found = [path for path in map(shutil.which, BROWSERS) if path]
-        found += [path for path in [playwright.chromium.executable_path] if Path(path).exists()]
-        if not found:
-            pytest.skip("no Chromium: apt-get install chromium, or playwright install chromium")
-        browser = playwright.chromium.launch(executable_path=found[0], args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

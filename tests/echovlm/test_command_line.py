@@ -60,8 +60,9 @@ def test_a_directory_that_is_no_vision_language_checkpoint_is_refused(tmp_path, 
 
 
 LOADS_ALL = """
-from examples.echovlm.__main__ import _load_recipe, main
-_load_recipe()
+from examples.echovlm.__main__ import main
+from examples.echovlm.command_line import load_recipe
+load_recipe()
 import bitsandbytes, torchao, deepspeed.accelerator
 deepspeed.accelerator.get_accelerator()
 """

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from examples.echovlm.tasks import Example
 
 PAGE = Path(__file__).with_name("cases.html")
-FRAME_SIDE = 448  # pixels of a frame's longer side in the page
 
 
 def add(subparsers: Any) -> None:
@@ -119,8 +116,10 @@ def _asked(example: Example) -> tuple[str, str, str]:
 
 
 def _case(case: Case, folder: Path, answered: Mapping[str, tuple[list[Example], dict[str, list[str]]]]) -> str:
+    from moe_adapter.analysis.page import data_uri
+
     frames = "".join(
-        f'<img src="{_data_uri(folder / image)}" alt="frame {number}">' for number, image in enumerate(case.images, 1)
+        f'<img src="{data_uri(folder / image)}" alt="frame {number}">' for number, image in enumerate(case.images, 1)
     )
     tables = [
         _table(task, example, case, {model: answers[index] for model, answers in models.items()})
@@ -164,14 +163,3 @@ def _mark(mark: Mark) -> str:
 
 def _named(name: str, value: str) -> str:
     return f"{escape(name.replace('_', ' '))}: {escape(value)}"
-
-
-def _data_uri(file: Path) -> str:
-    from PIL import Image
-
-    with Image.open(file) as image:
-        shown = image.convert("RGB")
-    shown.thumbnail((FRAME_SIDE, FRAME_SIDE))
-    buffer = io.BytesIO()
-    shown.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

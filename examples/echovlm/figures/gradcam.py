@@ -39,6 +39,7 @@ def add(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> list[Path]:
     from moe_adapter.analysis.gradcam import find_phrase, grad_cam, gradcam_figure
+    from moe_adapter.integrations.pretrained import answer_to
 
     source = Run(options.run_folder)
     example, _ = find_case(source, options.case)
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> list[Path]:
     model, collator = source.load()
     tokenizer = collator.processor.tokenizer
     inputs = collator.prompts([example]).to(model.device)
-    ids = _answer(model, inputs, tokenizer, options.answer, source.config.evaluation.max_new_tokens)
+    ids = answer_to(model, tokenizer, inputs, options.answer, source.config.evaluation.max_new_tokens)
     positions = find_phrase(tokenizer, ids, options.phrase) if options.phrase else None
     layer = int(options.layer) if options.layer.lstrip("-").isdigit() else options.layer
     maps = grad_cam(model, inputs, ids, positions, layer=layer)
@@ -74,21 +75,3 @@ def read_boxes(texts: Sequence[str], frames: int) -> list[list[Box]]:
             )
         boxes[number - 1].append((left, top, right, bottom))
     return boxes
-
-
-def _answer(model: Any, inputs: Any, tokenizer: Any, given: str | None, most: int) -> list[int]:
-    """The answer's ids, without what ends it."""
-    import torch
-
-    from moe_adapter.integrations.pretrained import answer_ids
-
-    if given is not None:
-        ids = tokenizer(given, add_special_tokens=False)["input_ids"]
-    else:
-        with torch.inference_mode():
-            ids = answer_ids(model, inputs, most)[0].tolist()
-    while ids and ids[-1] in tokenizer.all_special_ids:
-        ids = ids[:-1]
-    if not ids:
-        raise MoEAdapterError("the model's answer is empty; give one with --answer")
-    return ids

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from examples.echovlm.cases import Case, read_cases
 from examples.echovlm.tasks import TASKS, Example, draw_questions, examples_of
 from moe_adapter.errors import MoEAdapterError
@@ -83,6 +85,11 @@ class Run:
                 "evaluation, with --resume"
             )
         return {task: models for task, models in found.items() if models}
+
+    def sums(self, model: str, task: str) -> dict[str, np.ndarray]:
+        """The sums (N, S) of each score of a model's answers to `held_out(task)` (`metrics.py`)."""
+        found = json.loads((self.folder / "evaluation" / model / f"{task}.json").read_text(encoding="utf-8"))["sums"]
+        return {score: np.array(rows) for score, rows in found.items()}
 
     def _checked(self, file: Path, task: str) -> list[str]:
         answers = json.loads(file.read_text(encoding="utf-8")).get("answers", [])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -20,7 +19,6 @@ from examples.echovlm.corpus.manifest import DROPPED
 from examples.echovlm.corpus.review import AGAIN, DECIDED, Draw, Review, ReviewError
 from examples.echovlm.corpus.review_server import make_server
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 EVIL = "</script><script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 
 
@@ -224,22 +222,6 @@ def test_the_step_closes_a_review(files, tmp_path, capsys):
             begun.decide(item.id, "reject", "r1")
     assert main([*command, "--close"]) == 0
     assert re.search(r"1 batches failed: generate --again .*again\.jsonl", capsys.readouterr().out)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.skip("no playwright: pip install playwright")
-    with sync_playwright() as playwright:
-        found = [path for path in map(shutil.which, BROWSERS) if path]
-        found += [path for path in [playwright.chromium.executable_path] if Path(path).exists()]
-        if not found:
-            pytest.skip("no Chromium: apt-get install chromium, or playwright install chromium")
-        browser = playwright.chromium.launch(executable_path=found[0], args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import numpy as np
 
 from examples.echovlm.corpus.deduplication.blocks import Block
 from examples.echovlm.corpus.deduplication.errors import DeduplicationError
-from examples.echovlm.corpus.deduplication.files import replaced
 from examples.echovlm.corpus.deduplication.ordered import CHUNK, Deduplicator
+from examples.echovlm.files import replaced
 
 FORMAT = 1
 

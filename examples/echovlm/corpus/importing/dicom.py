@@ -91,7 +91,7 @@ def _guarded() -> Iterator[None]:
             yield
     except MoEAdapterError:
         raise
-    except Exception:
+    except Exception:  # whatever it is, its message may hold a name
         raise SourceError("header cannot be read") from None
     finally:
         logging.disable(before)

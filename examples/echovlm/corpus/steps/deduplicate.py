@@ -41,11 +41,11 @@ def add(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from examples.echovlm.corpus.deduplication import Deduplicator, read_instances
-    from examples.echovlm.corpus.deduplication.files import replaced
     from examples.echovlm.corpus.deduplication.state import load_state, save_state
     from examples.echovlm.corpus.instances import INSTANCES
     from examples.echovlm.corpus.manifest import Manifest
     from examples.echovlm.corpus.options import file_of, tell
+    from examples.echovlm.files import replaced
     from moe_adapter.errors import MoEAdapterError
 
     source, out = file_of(options.instances, INSTANCES), options.out / INSTANCES
