@@ -13,7 +13,7 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: install test test-all demo gpu-check browser wordnet lint format
+.PHONY: install test test-all demo tables gpu-check browser wordnet lint format
 
 install: $(INSTALLED)
 
@@ -27,6 +27,11 @@ test-all: lint $(PUBLISHED) browser wordnet
 demo: install
 	rm -rf runs/tiny
 	$(BIN)/python -m examples.echovlm --preset tiny --out runs/tiny
+
+# All arms of the tables, half an hour on two cores, and the tables; called again it goes on with what is there.
+tables: install wordnet
+	$(BIN)/python -m examples.echovlm.grid --preset grid --out runs/grid
+	$(BIN)/python -m examples.echovlm.paper_tables runs/grid -o runs/grid/tables
 
 # Chromium for the tests of the report page, which skip without one.
 browser:

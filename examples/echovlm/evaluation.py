@@ -104,14 +104,16 @@ class Evaluator:
     def _answered(self, name: str, model: PreTrainedModel, changed: Callable[[list[Example]], list[Example]]) -> Scored:
         tasks = {}
         for task, held_out in self.held_out.items():
+            kept = self.out / name / f"{task}.{ranks.rank()}.jsonl"  # of each process, and until the task is done
 
-            def found(task: str = task, held_out: HeldOut = held_out) -> dict[str, Any]:
-                examples = changed(held_out.examples)
-                answers = answer(model, examples, self.collator, self.config.evaluation, label=f"{task}, {name}")
+            def found(task: str = task, held_out: HeldOut = held_out, kept: Path = kept) -> dict[str, Any]:
+                examples, how = changed(held_out.examples), self.config.evaluation
+                answers = answer(model, examples, self.collator, how, label=f"{task}, {name}", kept=kept)
                 sums = held_out.sums(answers, self.metrics)
                 return {"answers": answers, "sums": {key: values.tolist() for key, values in sums.items()}}
 
             values = self._once(name, task, found)
+            kept.unlink(missing_ok=True)
             sums = {key: np.array(rows) for key, rows in values["sums"].items()}
             tasks[task] = held_out.scores(values["answers"], sums)
             self._tell(name, task, tasks[task])

@@ -12,7 +12,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -145,12 +145,8 @@ class Grid:
         return (*map(float, estimate), float(p))
 
 
-def paper_tables(folder: Path) -> list[Table]:
-    """All tables that the grid has arms for.
-
-    Raises: MoEAdapterError if the folder holds no grid.
-    """
-    grid = Grid(folder)
+def paper_tables(grid: Grid) -> list[Table]:
+    """All tables that the grid has arms for."""
     notes: dict[str, list[str]] = yaml.safe_load(NOTES.read_text(encoding="utf-8"))
     tables = [_cases(grid, notes["table-1"])]
     tables += [_models(grid, name, task, notes[name]) for name, task in TASKS.items() if task in grid.tasks]
@@ -198,7 +194,7 @@ def _models(grid: Grid, name: str, task: str, notes: Iterable[str]) -> Table:
         head=("organ", "metric", *(MODELS[arm] for arm in arms)),
         rows=tuple(rows),
         labels=2,
-        notes=(READING, *_implementations(grid), *notes),
+        notes=tuple(notes),
     )
 
 
@@ -213,9 +209,8 @@ def _ablation(grid: Grid, name: str, caption: str, arms: list[str], notes: Itera
         ("all", "general text, nats", *(Score(value=_number(grid.model(arm)["general_loss"])) for arm in arms)),
         ("all", "trainable parameters", *(_trainable(grid.arms[arm]) for arm in arms)),
     ]
-    return Table(
-        name=name, caption=caption, head=("task", "metric", *arms), rows=tuple(rows), labels=2, notes=(READING, *notes)
-    )
+    head = ("task", "metric", *arms)
+    return Table(name=name, caption=caption, head=head, rows=tuple(rows), labels=2, notes=tuple(notes))
 
 
 def _tail(grid: Grid, arms: list[str]) -> Table:
@@ -230,7 +225,7 @@ def _tail(grid: Grid, arms: list[str]) -> Table:
         rows.append(("average", label, *_marked([grid.overall(arm, "report", shown) for arm in arms])))
     of_arms = "; ".join(f"{arm} trains on {_shares(keep)}" for arm, keep in kept.items())
     head = ("organ", "metric", *arms)
-    return Table(name="tail", caption=TAIL[0], head=head, rows=tuple(rows), labels=2, notes=(of_arms, READING))
+    return Table(name="tail", caption=TAIL[0], head=head, rows=tuple(rows), labels=2, notes=(of_arms,))
 
 
 def _hyperparameters(grid: Grid, notes: Iterable[str]) -> Table:
@@ -253,15 +248,21 @@ def _labels(grid: Grid) -> Iterator[tuple[str, str]]:
 
 
 def _marked(scores: list[Score]) -> Iterator[Score]:
-    """The row with its best value set off."""
-    best = max((score.value for score in scores if not math.isnan(score.value)), default=math.nan)
+    """The row with its best value set off, where they are not all alike."""
+    known = {score.value for score in scores if not math.isnan(score.value)}
     for score in scores:
-        yield Score(**{**vars(score), "best": score.value == best})
+        yield replace(score, best=len(known) > 1 and score.value == max(known))
 
 
-def _implementations(grid: Grid) -> Iterator[str]:
-    results = grid.arms[REFERENCE]["results"]
-    yield from (f"{name}: {results['metrics'][name]}" for name in grid.metrics)
+def notes_of_all(grid: Grid) -> list[str]:
+    """How the tables are to be read, what made them, and how each score is computed."""
+    results, seconds = grid.arms[REFERENCE]["results"], sum(arm["seconds"] for arm in grid.arms.values())
+    made = f"{len(grid.arms)} arms, {seconds / 60:.0f} minutes in all; arms.yaml says what each one is."
+    return [READING, made, *_implementations(results)]
+
+
+def _implementations(results: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{name}: {how}" for name, how in results["metrics"].items())
     yield from (f"{name} is left out: it {lack}" for name, lack in results["metrics_left_out"].items())
 
 
@@ -295,7 +296,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the three files")
     options = parser.parse_args(arguments)
     try:
-        print(*write_tables(paper_tables(options.grid), options.output, "The paper's tables, of this grid"), sep="\n")
+        grid = Grid(options.grid)
+        heading = f"The paper's tables, from {options.grid}"
+        print(*write_tables(paper_tables(grid), options.output, heading, notes_of_all(grid)), sep="\n")
     except (MoEAdapterError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -50,12 +50,16 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def write_tables(tables: Sequence[Table], folder: Path, heading: str) -> list[Path]:
-    """Write `tables.md`, `tables.tex` and `tables.csv` into the folder; returns their paths."""
+def write_tables(tables: Sequence[Table], folder: Path, heading: str, notes: Sequence[str]) -> list[Path]:
+    """Write `tables.md`, `tables.tex` and `tables.csv` into the folder; returns their paths.
+
+    `notes` are of all tables.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    comments = [heading, *notes, r"Needs \usepackage{booktabs}."]
     texts = {
-        "tables.md": "\n".join([f"# {heading}\n", *map(markdown, tables)]),
-        "tables.tex": f"% {heading}\n% \\usepackage{{booktabs}}\n\n" + "\n".join(map(latex, tables)),
+        "tables.md": "\n".join([f"# {heading}\n", *(f"- {note}" for note in notes), "", *map(markdown, tables)]),
+        "tables.tex": "\n".join([*(f"% {comment}" for comment in comments), "", *map(latex, tables)]),
         "tables.csv": as_csv(tables),
     }
     for name, text in texts.items():
@@ -66,7 +70,7 @@ def write_tables(tables: Sequence[Table], folder: Path, heading: str) -> list[Pa
 def markdown(table: Table) -> str:
     """A section: caption, table, notes."""
     notes = "".join(f"- {note}\n" for note in table.notes)
-    return f"## {table.caption}\n\n{_tabulated(table, 'github')}\n" + (f"\n{notes}" if notes else "")
+    return f"## {table.caption}\n\n{_tabulated(table, 'pipe')}\n" + (f"\n{notes}" if notes else "")
 
 
 def latex(table: Table) -> str:

@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from echovlm.recipe_parts import collator, small_config
+from echovlm.recipe_parts import SIDE, collator, example, small_config, tokenizer
+from PIL import Image
 
 from examples.echovlm import evaluation
 from examples.echovlm.account import Account
+from examples.echovlm.answering import answer
 from examples.echovlm.cases import Case, Question
 from examples.echovlm.config import EvaluationConfig
 from examples.echovlm.data import Data
 from examples.echovlm.evaluation import Evaluator, Scored, most_common_answers, shuffle_images
+from examples.echovlm.families import build_model
 from examples.echovlm.metrics import TextMetrics
 from examples.echovlm.scoring import HeldOut
 from examples.echovlm.tables import difference_table, estimate_table, findings_table, score_table
@@ -103,7 +106,7 @@ def _evaluator(out: Path, **evaluation: object) -> Evaluator:
 def test_finished_tasks_of_a_model_are_not_answered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def answer(model: object, examples: list[Example], *args: object, label: str) -> list[str]:
+    def answer(model: object, examples: list[Example], *args: object, label: str, kept: Path) -> list[str]:
         asked.append(label)
         if len(asked) == 2:
             raise KeyboardInterrupt
@@ -119,6 +122,43 @@ def test_finished_tasks_of_a_model_are_not_answered_again(tmp_path: Path, monkey
     assert len(asked) == 3 and list(kept.tasks) == ["report", "vqa"]
     for task, found in kept.tasks.items():
         assert found.values() == scored.tasks[task].values() and found.overall["ROUGE-1"].value == pytest.approx(100)
+
+
+def test_batches_answered_before_a_kill_are_not_answered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(evaluation=EvaluationConfig(batch_size=2, max_new_tokens=6, tasks=("report",)))
+    model = build_model(config, tokenizer())
+    examples = [example(prompt=prompt) for prompt in ("Describe.", "Say more.", "And?", "What else?", "Why?")]
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "a.png")
+    cases = [replace(_case(n), images=("a.png",), findings=f"{n} mm.") for n in range(5)]
+    data = Data(folder=tmp_path, train=(), test=tuple(cases), shown=())
+    generate, asked = model.generate, []
+
+    def dying(limit: int | None):
+        def generate_or_die(**batch):
+            if limit is not None and len(asked) == limit:
+                raise KeyboardInterrupt
+            asked.append(len(batch["input_ids"]))
+            return generate(**batch)
+
+        return generate_or_die
+
+    through = answer(model, examples, collator(), config.evaluation, label="")
+    monkeypatch.setattr(model, "generate", dying(2))
+    with pytest.raises(KeyboardInterrupt):
+        answer(model, examples, collator(), config.evaluation, label="", kept=tmp_path / "kept.jsonl")
+    monkeypatch.setattr(model, "generate", dying(None))
+    assert answer(model, examples, collator(), config.evaluation, label="", kept=tmp_path / "kept.jsonl") == through
+    assert asked == [2, 2, 1]
+
+    asked.clear()
+    monkeypatch.setattr(model, "generate", dying(1))
+    with pytest.raises(KeyboardInterrupt):
+        Evaluator(data, collator(), config, tmp_path / "out", Account()).evaluate_shuffled("mine", model)
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["report.0.jsonl"]
+    monkeypatch.setattr(model, "generate", dying(None))
+    Evaluator(data, collator(), config, tmp_path / "out", Account()).evaluate_shuffled("mine", model)
+    assert asked == [2, 2, 1]
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["report.json"]
 
 
 def test_a_task_that_no_case_has_is_left_out_and_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from examples.echovlm.config import load_preset
 from examples.echovlm.figures.runs import Run
 from examples.echovlm.grid import _plain, read_arms
 from examples.echovlm.metrics import TextMetrics
-from examples.echovlm.paper_tables import main, paper_tables
+from examples.echovlm.paper_tables import Grid, _marked, main, paper_tables
 from examples.echovlm.phantom import generate_cases
 from examples.echovlm.scoring import HeldOut
 from examples.echovlm.table_files import Score, Table, as_csv, latex, markdown
@@ -66,14 +66,14 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         stages = {} if model == "base" else {s: {"trainable": 10, "total": 20} for s in ("stage I", "stage II")}
         config_of_arm = _plain(config) if name == "long-tail" else _plain(load_preset("grid"))
-        done[name] = dict(tables=arms[name].tables, parameters=stages, results=results, config=config_of_arm)
+        done[name] = dict(tables=arms[name].tables, parameters=stages, results=results, config=config_of_arm, seconds=9)
     (out / "grid.json").write_text(json.dumps({"arms": done}))
     return out
 
 
 @pytest.fixture(scope="module")
 def tables(grid: Path) -> dict[str, Table]:
-    return {table.name: table for table in paper_tables(grid)}
+    return {table.name: table for table in paper_tables(Grid(grid))}
 
 
 def _rows(table: Table) -> dict[tuple, tuple]:
@@ -136,6 +136,7 @@ def test_ablations_stand_beside_the_reference_with_what_they_forget(tables: dict
     assert rows["all", "trainable parameters"] == ("10", "10")
     assert tables["table-7"].head[2:] == ("dual-path", "qwen2-vl-plain")  # the paper's 0 experts
     assert "0 experts are the fine-tuned Qwen2-VL" in tables["table-7"].notes[-1]
+    assert not any(score.best for score in _marked([Score(value=1.0), Score(value=1.0)]))  # all alike
 
 
 def test_the_tail_says_what_each_arm_was_trained_on(tables: dict[str, Table]) -> None:
@@ -163,6 +164,7 @@ def test_the_command_writes_three_files_that_say_the_same(grid: Path, tmp_path: 
     best = float(rows["table-2", "average/BLEU-1", "EchoVLM (dual path)"]["value"])
     assert f"**{best:.2f}**" in text and rf"\textbf{{{best:.2f}}}" in tex
     assert tex.count(r"\begin{table}") == tex.count(r"\end{table}") == text.count("\n## ")
+    assert text.count("sacrebleu") == tex.count("sacrebleu") == 1  # of all tables, not of each
 
 
 def test_a_folder_that_is_no_grid_is_named(grid: Path, tmp_path: Path, capsys) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from examples.echovlm.corpus.journal import Journal
+from examples.echovlm.journal import Journal
 from moe_adapter.errors import MoEAdapterError
 
 FRAME_TOKENS = 4096  # reserved for a frame until the server has said what it cost

@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image
 
 from examples.echovlm.cases import Case, Question
-from examples.echovlm.corpus.journal import Journal
 from examples.echovlm.corpus.manifest import Manifest
 from examples.echovlm.corpus.ocr import Box, find_text, read_text
 from examples.echovlm.corpus.regions import displays
 from examples.echovlm.corpus.scan import scan_mask
 from examples.echovlm.corpus.scrub import scrub
 from examples.echovlm.corpus.store import FRAMES, Corpus, Layout, check_settings, frame_name, write_corpus
+from examples.echovlm.journal import Journal
 from moe_adapter.directory import replace_file
 
 MARGIN = 2  # pixels around a text's box, for edges smoothed by compression

@@ -25,9 +25,9 @@ from examples.echovlm.corpus.instances import (
     InstanceError,
     write_instances,
 )
-from examples.echovlm.corpus.journal import Journal
 from examples.echovlm.corpus.manifest import Manifest
 from examples.echovlm.corpus.prompts import STYLES, answer_model, field_of, messages, organs, parse, parts_of
+from examples.echovlm.journal import Journal
 
 ANSWERS = "answers.jsonl"
 NO_REPORT, NO_TEMPLATE = "no report", "no template for the organ"

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from examples.echovlm.cases import Case, read_cases
 from examples.echovlm.corpus.client import Client, Request, Server, ServerError, seed_of
 from examples.echovlm.corpus.instances import INSTANCES, Instance, InstanceError, read_instances, write_instances
-from examples.echovlm.corpus.journal import Journal
 from examples.echovlm.corpus.manifest import Manifest
 from examples.echovlm.corpus.prompts import Verdict, judge_messages, parse
+from examples.echovlm.journal import Journal
 
 CRITERIA = ("faithfulness", "relevance", "safety", "clarity")
 VERDICTS = "verdicts.jsonl"

@@ -21,8 +21,8 @@ import numpy as np
 
 from examples.echovlm.cases import Case, read_cases
 from examples.echovlm.corpus.instances import INSTANCES, Instance, InstanceError, read_instances, write_instances
-from examples.echovlm.corpus.journal import Journal
 from examples.echovlm.corpus.manifest import Manifest
+from examples.echovlm.journal import Journal
 from moe_adapter.directory import replace_file
 from moe_adapter.errors import MoEAdapterError
 

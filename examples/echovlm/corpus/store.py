@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.echovlm.cases import Case, read_cases, write_cases
-from examples.echovlm.corpus.journal import Journal
 from examples.echovlm.corpus.manifest import Manifest
 from examples.echovlm.corpus.regions import Region
+from examples.echovlm.journal import Journal
 from moe_adapter.directory import replace_file
 from moe_adapter.errors import MoEAdapterError
 

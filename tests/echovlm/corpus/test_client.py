@@ -11,7 +11,7 @@ import pytest
 from echovlm.corpus.llm_server import TOKENS, language_model
 
 from examples.echovlm.corpus.client import INVALID, UNANSWERED, BadAnswer, Client, Request, ServerError
-from examples.echovlm.corpus.journal import Journal, JournalError
+from examples.echovlm.journal import Journal, JournalError
 
 SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
 SOON = {"retry-after-ms": "5"}

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from examples.echovlm.cases import Case
 from examples.echovlm.corpus.importing.examination import Examination, Report, SourceError
-from examples.echovlm.corpus.journal import Journal
 from examples.echovlm.corpus.manifest import MANIFEST, Manifest
 from examples.echovlm.corpus.organs import organs_in
 from examples.echovlm.corpus.pseudonyms import pseudonym, read_salt, split_of
 from examples.echovlm.corpus.scrub import strike_out
 from examples.echovlm.corpus.store import FRAMES, Layout, check_settings, layout_of, new_folder, write_corpus
+from examples.echovlm.journal import Journal
 from moe_adapter.directory import replace_file
 from moe_adapter.errors import MoEAdapterError
 
