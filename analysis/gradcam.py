@@ -9,6 +9,8 @@ Shape letters: N rows of a layer's output, one for each patch or token, D its wi
 from __future__ import annotations
 
 import re
+import textwrap
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +32,7 @@ from moe_adapter.language import inside
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the frame
 
+LETTER_MM = 1.6  # of the figures' text, amply
 HEAT = "plasma"  # even in lightness, and no shade of it is grey as the frames are
 BOX_LOOKS: tuple[dict[str, Any], ...] = (
     {"edgecolor": "#E8000B"},
@@ -165,8 +168,14 @@ def gradcam_figure(
         if handles:
             figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
         if phrase:
-            figure.supxlabel(f"for “{phrase}”", fontsize="medium")
+            figure.supxlabel(_filled(f"for “{phrase}”", width_mm), fontsize="medium")
     return figure
+
+
+def _filled(text: str, width_mm: float) -> str:
+    """The text in lines that are not wider; CJK characters, which may be parted anywhere, are twice as wide."""
+    wide = any(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return textwrap.fill(text, round(width_mm / (2 * LETTER_MM if wide else LETTER_MM)))
 
 
 def _draw_frame(ax: Axes, frame: Any, boxes: Mapping[str, Sequence[Box]]) -> None:

@@ -28,7 +28,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3": dict(deepspeed=zero_config(3)),
     "fsdp2": fsdp_arguments(),
 }
-RANKS, STEPS, BATCH = 2, 20, 2
+RANKS, STEPS, BATCH, RATE = 2, 20, 2, 1e-3
 SIDE = 40  # the token ids of "disjoint" lie below it or above it
 
 
@@ -124,7 +124,7 @@ def train(
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=accumulation * (RANKS if alone else 1),
         max_steps=steps,
-        learning_rate=1e-3,
+        learning_rate=RATE,
         bf16=bf16,
         use_cpu=True,
         report_to=[],

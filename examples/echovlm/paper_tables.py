@@ -28,7 +28,7 @@ from examples.echovlm.significance import Difference
 from examples.echovlm.table_files import NOTHING, Score, Table, write_tables
 from moe_adapter import MoEAdapterError
 
-REFERENCE = "dual-path"  # the arm that every other one is compared with
+REFERENCE = "dual-path"  # the arm that others are compared with
 FINDINGS = "attributes"  # of the finding-level scores the one that tables show
 MODELS = {  # the paper's columns, in its order
     "llava-onevision": "LLaVA-OneVision, zero-shot",
@@ -49,11 +49,12 @@ ABLATIONS = {  # name → caption, and which of arms.yaml's tables it is
     "softmax": ("Beyond the paper: softmax over the selected or over all experts", "softmax"),
     "balance": ("Beyond the paper: balance over a micro-batch or over the whole step", "balance"),
 }
-TAIL = ("Beyond the paper: the long tail, organs drawn as they are or all alike", "long tail")
+TAIL = ("Beyond the paper: the long tail, organs drawn as they are or all alike", "long tail", "long-tail")
 NOTES = Path(__file__).with_name("paper_notes.yaml")
 READING = (
     "Average: the unweighted mean of the organs; findings: the attributes stated right, per cent, of all answers. In "
-    f"parentheses the difference from {REFERENCE}, and its p of a paired randomisation over patients, of this "
+    f"parentheses the difference from {REFERENCE}, of the long tail's table from {TAIL[2]}, "
+    "and its p of a paired randomisation over patients, of this "
     "comparison alone. Neither knows how another seed of training would differ."
 )
 HYPERPARAMETERS = {  # Table 8's rows, and where a preset has them
@@ -97,7 +98,7 @@ class Grid:
             got = ", ".join(self.arms) or "none"
             raise MoEAdapterError(f"{folder}: got the arms {got}; expected {REFERENCE} among them: let the grid go on")
         self.folder = folder
-        self._differences: dict[tuple[str, str], Mapping[str, Difference]] = {}
+        self._differences: dict[tuple[str, tuple[str, str]], Mapping[str, Difference]] = {}
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -115,7 +116,7 @@ class Grid:
         return {task: HeldOut(task, run.held_out(task), run.cases) for task in self.tasks}
 
     def of(self, table: str) -> list[str]:
-        """The arms of a table, the reference first."""
+        """The arms of a table, `dual-path` first."""
         return sorted((name for name, arm in self.arms.items() if table in arm["tables"]), key=REFERENCE.__ne__)
 
     def model(self, arm: str) -> dict[str, Any]:
@@ -129,19 +130,19 @@ class Grid:
     def organ(self, arm: str, task: str, organ: str, score: str) -> Score:
         return Score(value=_number(self.scores(arm)[task]["by_organ"][organ].get(score)))
 
-    def overall(self, arm: str, task: str, score: str) -> Score:
-        """With its interval and its difference from the reference."""
+    def overall(self, arm: str, task: str, score: str, reference: str = REFERENCE) -> Score:
+        """With its interval and its difference from the reference, another arm."""
         found = {name: _number(value) for name, value in self.scores(arm)[task]["overall"][score].items()}
         value, *interval = (found[name] for name in ("value", "low", "high"))
-        return Score(value=value, interval=tuple(interval), difference=self._difference(arm, task, score))
+        return Score(value=value, interval=tuple(interval), difference=self._difference(task, (arm, reference), score))
 
-    def _difference(self, arm: str, task: str, score: str) -> tuple[float, float, float, float] | None:
-        if arm == REFERENCE:
+    def _difference(self, task: str, arms: tuple[str, str], score: str) -> tuple[float, float, float, float] | None:
+        if arms[0] == arms[1]:
             return None
-        if (arm, task) not in self._differences:
-            sums = (Run(self.folder / name).sums(self.model(name)["name"], task) for name in (arm, REFERENCE))
-            self._differences[arm, task] = self.held_out[task].differences(*sums)
-        estimate, p = self._differences[arm, task][score]
+        if (task, arms) not in self._differences:
+            sums = (Run(self.folder / arm).sums(self.model(arm)["name"], task) for arm in arms)
+            self._differences[task, arms] = self.held_out[task].differences(*sums)
+        estimate, p = self._differences[task, arms][score]
         return (*map(float, estimate), float(p))
 
 
@@ -153,7 +154,7 @@ def paper_tables(grid: Grid) -> list[Table]:
     for name, (caption, table) in ABLATIONS.items():
         if len(arms := grid.of(table)) > 1:
             tables.append(_ablation(grid, name, caption, arms, notes.get(name, [])))
-    if len(arms := grid.of(TAIL[1])) > 1:
+    if TAIL[2] in (arms := grid.of(TAIL[1])):
         tables.append(_tail(grid, arms))
     return [*tables, _hyperparameters(grid, notes["table-8"])]
 
@@ -222,7 +223,7 @@ def _tail(grid: Grid, arms: list[str]) -> Table:
         rows += [
             (organ, label, *_marked([grid.organ(arm, "report", organ, shown) for arm in arms])) for organ in organs
         ]
-        rows.append(("average", label, *_marked([grid.overall(arm, "report", shown) for arm in arms])))
+        rows.append(("average", label, *_marked([grid.overall(arm, "report", shown, TAIL[2]) for arm in arms])))
     of_arms = "; ".join(f"{arm} trains on {_shares(keep)}" for arm, keep in kept.items())
     head = ("organ", "metric", *arms)
     return Table(name="tail", caption=TAIL[0], head=head, rows=tuple(rows), labels=2, notes=(of_arms,))
@@ -266,9 +267,9 @@ def _implementations(results: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{name} is left out: it {lack}" for name, lack in results["metrics_left_out"].items())
 
 
-def _trainable(arm: Mapping[str, Any]) -> str:
-    stages = [found["trainable"] for found in arm["parameters"].values()]
-    return f"{stages[-1]:,}" if stages else "0"
+def _trainable(arm: Mapping[str, Any]) -> int:
+    """In the last stage."""
+    return ([0] + [found["trainable"] for found in arm["parameters"].values()])[-1]
 
 
 def _shares(keep: Mapping[str, float]) -> str:

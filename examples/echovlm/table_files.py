@@ -15,6 +15,7 @@ from tabulate import tabulate
 from moe_adapter.directory import replace_file
 
 NOTHING = "–"
+MATHS = {"α": r"$\alpha$", "λ": r"$\lambda$", "γ": r"$\gamma$"}  # which pdflatex knows by name alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def markdown(table: Table) -> str:
 
 def latex(table: Table) -> str:
     """A table environment with booktabs' rules; it needs nothing but that package."""
-    body = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", _tabulated(table, "latex_booktabs"))
+    body = _maths(re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", _tabulated(table, "latex_booktabs")))
     lines = [
         r"\begin{table}",
         r"\centering",
@@ -113,4 +114,8 @@ def _tabulated(table: Table, form: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+    return _maths(re.sub(r"([&%$#_{}])", r"\\\1", text))
+
+
+def _maths(text: str) -> str:
+    return "".join(MATHS.get(character, character) for character in text)

@@ -311,6 +311,17 @@ def test_a_phrase_is_found_in_any_script(phrase, vocab_size):
     assert phrase not in tokenizer.decode(ids[: positions[-1]])
 
 
+@pytest.mark.parametrize("phrase", ["a long answer with many words " * 12, "甲状腺左叶可见一圆形无回声囊肿，" * 12])
+@pytest.mark.filterwarnings("ignore:no installed font", "ignore:Glyph")
+def test_a_long_phrase_stays_within_the_figure(phrase):
+    figure = gradcam_figure([np.zeros((8, 8, 3))], [np.ones((2, 2))], phrase=phrase)
+    figure.draw_without_rendering()
+    [below] = [text for text in figure.texts if text.get_text()]
+    box = below.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and len(below.get_text().splitlines()) > 2
+    assert below.get_text().replace("\n", "").replace(" ", "") == f"for“{phrase}”".replace(" ", "")
+
+
 @pytest.mark.parametrize("phrase", ["cyst", ""])
 def test_a_phrase_that_the_answer_lacks(phrase):
     tokenizer = train_tokenizer([ANSWER] * 20, 400)
@@ -318,7 +329,7 @@ def test_a_phrase_that_the_answer_lacks(phrase):
         find_phrase(tokenizer, tokenizer(ANSWER)["input_ids"], phrase)
 
 
-@pytest.mark.filterwarnings("ignore:no installed font")
+@pytest.mark.filterwarnings("ignore:no installed font", "ignore:Glyph")
 def test_the_figure_shows_maps_on_one_scale_and_boxes():
     frames = [frame(4, 6, (0, 1)), frame(6, 4)]
     maps = [np.array([[4.0, 1, 0], [0, 0, 0]], np.float32), np.full((3, 2), 2, np.float32)]

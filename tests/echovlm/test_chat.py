@@ -18,9 +18,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.echovlm.chat.__main__ import _launch, main
+from examples.echovlm.collator import Collator
 from examples.echovlm.families import build_model
 from examples.echovlm.processor import build_processor
+from examples.echovlm.tasks import Example
 from moe_adapter import MoEAdapterError, dual_path_layers, inject_dual_path_moe, load_adapter, save_adapter
+from moe_adapter.integrations import pretrained
 
 ALPHAS, LAMS = (0.3, 0.8), (0.6, 0.25)
 TOKENS, CONTEXT = 12, 256  # of an answer, and in all
@@ -173,6 +176,37 @@ def test_frames_and_questions_in_answers_and_experts_out(page, served, checkpoin
     page.locator("[data-testid=bot]").first.wait_for(state="detached")
     ask(page, QUESTION)
     assert said(page, 1) == first
+
+
+def test_a_question_is_put_as_in_training(served, frames):
+    from examples.echovlm.chat.assistant import Conversation
+
+    _, assistant, _ = served
+    images = [Image.open(path).convert("RGB") for path in frames[:2]]
+    collator = Collator(assistant.processor, CONTEXT)
+    expected = collator.prompts([Example(prompt=QUESTION, answer="", images=tuple(images))])
+    messages = Conversation(frames=images).messages(QUESTION)
+    found = pretrained.encode(assistant.model, assistant.processor, [messages], answered=False)
+    for name in ("input_ids", "pixel_values", "image_grid_thw"):
+        assert torch.equal(found[name], expected[name])
+
+
+def test_other_frames_begin_a_new_conversation(frames):
+    pytest.importorskip("gradio", reason='no gradio: pip install "moe-adapter[chat]"')
+    from examples.echovlm.chat.page import Sessions
+
+    one, two, broken = map(str, frames)
+    sessions = Sessions()
+    first = sessions.conversation("tab", [one])
+    first.turns.append(("Why?", "So."))
+    assert sessions.conversation("tab", [one]) is first
+    assert sessions.conversation("another tab", [one]).turns == []
+    with pytest.raises(MoEAdapterError, match=r"broken\.png is not an image"):
+        sessions.conversation("tab", [one, broken])
+    assert sessions.current("tab") is first, "what cannot be asked ends nothing"
+    second = sessions.conversation("tab", [one, two])
+    assert second.turns == [] and len(second.frames) == 2
+    assert not Path(first.folder.name).exists() and Path(second.folder.name).exists()
 
 
 def test_the_weights_of_the_paths_by_layer(page):

@@ -133,7 +133,7 @@ def test_ablations_stand_beside_the_reference_with_what_they_forget(tables: dict
     rows = _rows(table)
     assert {task for task, _ in rows} == {*TASKS, "all"}
     assert [s.value for s in rows["all", "general text, nats"]] == pytest.approx([5.9, 5.7])
-    assert rows["all", "trainable parameters"] == ("10", "10")
+    assert rows["all", "trainable parameters"] == (10, 10)
     assert tables["table-7"].head[2:] == ("dual-path", "qwen2-vl-plain")  # the paper's 0 experts
     assert "0 experts are the fine-tuned Qwen2-VL" in tables["table-7"].notes[-1]
     assert not any(score.best for score in _marked([Score(value=1.0), Score(value=1.0)]))  # all alike
@@ -142,6 +142,8 @@ def test_ablations_stand_beside_the_reference_with_what_they_forget(tables: dict
 def test_the_tail_says_what_each_arm_was_trained_on(tables: dict[str, Table]) -> None:
     assert tables["tail"].notes[0] == "dual-path trains on all; long-tail trains on 50% of vessel"
     assert ("vessel", "findings") in _rows(tables["tail"])
+    whole, tail = _rows(tables["tail"])["average", "BLEU-1"]
+    assert tail.difference is None and whole.difference[0] == pytest.approx(whole.value - tail.value)
 
 
 def test_table_8_is_the_preset_beside_the_grid_s(tables: dict[str, Table]) -> None:
@@ -179,7 +181,7 @@ def test_a_folder_that_is_no_grid_is_named(grid: Path, tmp_path: Path, capsys) -
 
 
 def test_latex_and_markdown_take_any_text() -> None:
-    table = Table(name="t", caption="50 % of x_y & z", head=("a_b", "c"), rows=(("p|q", Score(value=math.nan)),))
-    assert r"50 \% of x\_y \& z" in latex(table) and r"a\_b" in latex(table)
+    table = Table(name="t", caption="50 % of x_y & α", head=("a_b", "λ"), rows=(("p|q", Score(value=math.nan)),))
+    assert r"50 \% of x\_y \& $\alpha$" in latex(table) and r"a\_b" in latex(table) and r"$\lambda$" in latex(table)
     assert markdown(table).splitlines()[-1].count("–") == 1
-    assert as_csv([table]).splitlines()[1] == "t,p|q,c,,,,,,,"
+    assert as_csv([table]).splitlines()[1] == "t,p|q,λ,,,,,,,"

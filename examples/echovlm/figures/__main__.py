@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the libraries below
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
             print(*options.run(options), sep="\n")
     except (MoEAdapterError, OSError) as error:

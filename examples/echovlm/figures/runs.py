@@ -54,13 +54,11 @@ class Run:
 
     @cached_property
     def config(self) -> RecipeConfig:
-        from pydantic import TypeAdapter
-
-        from examples.echovlm.config import RecipeConfig
+        """What the run was started with; what an earlier version of the recipe did not know is as in `paper`."""
+        from examples.echovlm.config import RecipeConfig, load_preset
 
         known = {field.name for field in fields(RecipeConfig)}
-        values = {name: value for name, value in self.started_with.items() if name in known}
-        return TypeAdapter(RecipeConfig).validate_python(values)
+        return load_preset("paper", {name: value for name, value in self.started_with.items() if name in known})
 
     def held_out(self, task: str) -> list[Example]:
         """The task's questions about the held-out cases, in the order in which the evaluation asks them."""
