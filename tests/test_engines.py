@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from distributed import run_ranks
 from engines import ENGINES, RANKS, RATE, STEPS, train, train_all
 
@@ -13,16 +14,21 @@ OWN_LOSS = dict(stage=1, case="uneven", mixin=True, arguments=dict(label_smoothi
 BF16 = [dict(stage=stage, case="uneven", bf16=True) for stage in (1, 2)]
 
 
-def check(engine: str, runs: list[dict], tolerance: float, least: float = 0.0) -> None:
-    """Each rank's movement of each parameter against that of one process, by norm, or `least` an element if larger."""
+def errors(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], least: float = 0) -> dict[str, float]:
+    """Of each parameter's movement, by norm, over the reference's, or over `least` an element where that is larger."""
+    assert found.keys() == reference.keys()
+    sizes = {name: max(value.norm(), least * value.numel() ** 0.5) for name, value in reference.items()}
+    return {name: float((found[name] - value).norm() / sizes[name]) for name, value in reference.items()}
+
+
+def check(engine: str, runs: list[dict], tolerance: float) -> None:
+    """Each rank's movement of each parameter against that of one process."""
     expected = [train(engine, **run) for run in runs]
     found = run_ranks(RANKS, train_all, timeout=400, engine=engine, runs=runs)
-    for i, reference in enumerate(expected):
-        for rank in range(RANKS):
-            assert found[rank][i].keys() == reference.keys()
-            for name, value in reference.items():
-                error = (found[rank][i][name] - value).norm() / max(value.norm(), least * value.numel() ** 0.5)
-                assert error < tolerance, f"{runs[i]}, rank {rank}, {name}: relative error {error:.1e}"
+    for rank, movements in enumerate(found):
+        for run, movement, reference in zip(runs, movements, expected, strict=True):
+            for name, error in errors(movement, reference).items():
+                assert error < tolerance, f"{run}, rank {rank}, {name}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("engine", [pytest.param(e, marks=pytest.mark.slow) if e == "zero3" else e for e in ENGINES])
@@ -38,10 +44,26 @@ def test_equals_one_process_in_every_case(engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16_of_autocast_equals_one_process():
+    check("ddp", BF16, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "ddp"])
 def test_bf16_with_float32_masters(engine):
     """DeepSpeed and FSDP2 cast what the passes read, autocast the products alone, and FSDP2 sums gradients in bf16.
 
-    A scalar that goes to and fro ends near its start, where rounding is all there is: a tenth of the way counts.
+    So they are held against float32: no further off than 0.3, or than twice what autocast costs one process where that
+    is more, as it is for the first of a LoRA's maps, whose gradient begins at zero. A scalar that goes to and fro ends
+    near its start, where rounding is all there is: there a tenth of the way that it could have gone counts.
     """
-    check(engine, BF16, 1e-3 if engine == "ddp" else 0.2, least=0.1 * RATE * STEPS / 2)
+    least = 0.1 * RATE * STEPS / 2
+    exact, alone = ([train(engine, **{**run, "bf16": bf16}) for run in BF16] for bf16 in (False, True))
+    found = run_ranks(RANKS, train_all, timeout=400, engine=engine, runs=BF16)
+    for rank, movements in enumerate(found):
+        for run, movement, reference, one in zip(BF16, movements, exact, alone, strict=True):
+            own = errors(one, reference, least)
+            for name, error in errors(movement, reference, least).items():
+                assert error < max(0.3, 2 * own[name]), (
+                    f"{run}, rank {rank}, {name}: {error:.2f}, alone {own[name]:.2f}"
+                )
