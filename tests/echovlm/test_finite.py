@@ -15,6 +15,7 @@ from echovlm.recipe_parts import collator, example, small_config, tokenizer
 
 from examples.echovlm import training
 from examples.echovlm.config import EngineConfig
+from examples.echovlm.engines import forget_engine
 from examples.echovlm.families import build_model
 from examples.echovlm.finite import PATIENCE
 from moe_adapter import MoEAdapterError, inject_dual_path_moe, set_stage
@@ -38,6 +39,7 @@ def run(folder: Path, on_nan: str, engine: dict, accumulation: int, cases: list[
     """Each step's weights, optimizer state and learning rate, in a training on the cases in their order."""
     config = small_config(run={"learning_rate": 1e-2, "accumulation": accumulation, "epochs": 1}, on_nan=on_nan)
     config = dataclasses.replace(config, engine=EngineConfig(**engine))
+    forget_engine()  # of a run before this one
     torch.manual_seed(0)
     model = inject_dual_path_moe(build_model(config, tokenizer()), **config.moe)
     set_stage(model, 1)
