@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import zoo
 from distributed import run_ranks
+from engines import without_compiling
 from reference import perturb
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -71,6 +72,7 @@ def both(model: nn.Module, mesh) -> nn.Module:
 def zero3(model: nn.Module, mesh) -> nn.Module:
     import deepspeed
 
+    without_compiling()
     small = dict(stage=3, stage3_param_persistence_threshold=0)  # or all parameters here would stay whole
     deepspeed.zero.Init(module=model, config_dict_or_path=dict(train_batch_size=2, zero_optimization=small))
     return model
