@@ -23,10 +23,10 @@ class RoutedBlock:
     router: nn.Module
 
     def facts(self, num_experts: int, top_k: int) -> LayerFacts:
-        """What the record keeps of the layer, α and λ as they are now."""
-        alpha, lam = (
-            None if getattr(self.block, f"{name}_logit", None) is None else getattr(self.block, name).item()
-            for name in ("alpha", "lam")
+        """What the record keeps of the layer, α and λ as they are now; a collective where an engine spreads them."""
+        alpha, lam = (  # settled: whole and as they were trained where an engine spreads or casts them
+            None if getattr(self.block, logit, None) is None else self.block.settled(logit).sigmoid().item()  # pyright: ignore
+            for logit in ("alpha_logit", "lam_logit")
         )
         return LayerFacts(name=self.name, num_experts=num_experts, top_k=top_k, alpha=alpha, lam=lam)
 

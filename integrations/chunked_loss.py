@@ -107,7 +107,7 @@ class ChunkedLoss:
         scale = items.to(wide(x.dtype)).reciprocal()
         x_TD = x.reshape(-1, x.shape[-1])[labelled]
         loss = _ChunkedCrossEntropy.apply(x_TD, weight, bias, target_T[labelled], scale, self.chunk)
-        self.made = hidden.new_empty(*hidden.shape[:-1], 0), loss
+        self.made = hidden.new_empty(*hidden.shape[:-1], 1)[..., :0], loss  # of a storage by which it is known
         return self.made[0]
 
     def ForCausalLMLoss(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
@@ -116,7 +116,7 @@ class ChunkedLoss:
             return ForCausalLMLoss(logits, labels, vocab_size, **kwargs)
         stand_in, loss = self.made
         same = all(kwargs.get(name) is self.given.get(name) for name in ("num_items_in_batch", "shift_labels"))
-        if logits is not stand_in or labels is not self.given["labels"] or not same:
+        if not _is_same(logits, stand_in) or labels is not self.given["labels"] or not same:
             raise MoEAdapterError(
                 f"{type(self.owner).__name__} changes its logits or labels between its head and its loss, as soft-"
                 "capping does; the chunked loss can't follow: remove() it and use the plain loss."
@@ -130,6 +130,13 @@ class ChunkedLoss:
             raise MoEAdapterError(
                 f"{type(owner).__name__} makes its loss in its own way: remove() the chunked one and use the plain one."
             )
+
+
+def _is_same(logits: Tensor, stand_in: Tensor) -> bool:
+    """Whether the model hands the stand-in on, be it as an alias, as ZeRO-3's hooks make of every output."""
+    if logits is stand_in:
+        return True
+    return logits.shape == stand_in.shape and logits.untyped_storage()._cdata == stand_in.untyped_storage()._cdata
 
 
 def _targets(given: dict[str, Any]) -> Tensor:

@@ -34,13 +34,15 @@ class KeepsFloat32(nn.Module):
     def precise(self, name: str) -> torch.Tensor:
         """The own parameter `name` in float32 at least: its master's value where an engine has cast it.
 
-        The gradient goes to the parameter.
+        The gradient goes to the parameter. A master that does not round to what the parameter holds is not its own any
+        more: it has been loaded, or written to, or a step was made since.
         """
         parameter = getattr(self, name)
         value = parameter.to(wide(parameter.dtype))
         if parameter.dtype in WIDE or name not in self._masters:
             return value
-        return value + (self._masters[name].to(value.device) - value.detach())
+        master, now = self._masters[name].to(value.device), value.detach()
+        return value + torch.where(master.to(parameter.dtype) == parameter.detach(), master - now, 0.0)
 
     def settled(self, name: str) -> torch.Tensor:
         """The own parameter `name` between steps, whole and as it was trained; a collective where it is spread."""
@@ -56,7 +58,7 @@ class KeepsFloat32(nn.Module):
     def follow_masters(self, training: bool) -> None:
         """Look up the masters of what is cast, or will be: a collective of all ranks that hold the model together.
 
-        DeepSpeed's not in evaluation, which its ranks need not do in step.
+        DeepSpeed's in training steps alone: its ranks need not evaluate or generate side by side.
         """
         for name, parameter in self._parameters.items():
             if parameter is None:
@@ -76,7 +78,7 @@ class FollowMasters:
     def __call__(self, stack: nn.Module, args: tuple) -> None:
         if dist.is_available() and dist.is_initialized() and not torch.compiler.is_compiling():
             for part in self.parts:
-                part.follow_masters(stack.training)
+                part.follow_masters(stack.training and torch.is_grad_enabled())
 
 
 def float32_master(parameter: nn.Parameter) -> torch.Tensor | None:
@@ -85,7 +87,10 @@ def float32_master(parameter: nn.Parameter) -> torch.Tensor | None:
         return None
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return safe_get_full_fp32_param(parameter)
+    master = safe_get_full_fp32_param(parameter)
+    if master is None or master.shape != parameter.shape:  # ZeRO-3's parameter is spread
+        return master
+    return master if torch.equal(master.to(parameter.dtype), parameter.detach()) else None  # its engine is no more
 
 
 def has_master(parameter: nn.Parameter) -> bool:

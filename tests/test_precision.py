@@ -124,3 +124,17 @@ def test_warns_of_experts_without_masters(tmp_path, caplog, dtype):
     with caplog.at_level(logging.WARNING, "moe_adapter"):
         Trainer(model, args, train_dataset=data, data_collator=collate).train()
     assert caplog.text.count("without float32 masters") == (dtype == torch.bfloat16)
+
+
+def test_a_master_that_is_not_the_parameters_own_is_not_used():
+    """As after a load, a step that no training forward has followed, or in a copy that trains by itself."""
+    layer = next(iter(dual_path_layers(adapted()).values()))
+    start = layer.alpha_logit.detach().clone()
+    layer.alpha_logit.data = start.bfloat16()
+    layer._masters = {"alpha_logit": start}
+    assert start != start.bfloat16() and torch.equal(layer.precise("alpha_logit"), start)
+    layer.precise("alpha_logit").sum().backward()
+    assert layer.alpha_logit.grad == 1
+    with torch.no_grad():
+        layer.alpha_logit.fill_(0.25)
+    assert layer.precise("alpha_logit").item() == 0.25

@@ -131,7 +131,7 @@ def add_resampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resamples", type=at_least(1), default=1000, help="of the bootstrap (default: 1000)")
     group.add_argument("--permutations", type=at_least(1), default=999, help="of the tests (default: 999)")
     group.add_argument("--level", type=float, default=0.95, help="of confidence intervals (default: 0.95)")
-    group.add_argument("--seed", type=int, default=0, help="of both (default: 0)")
+    group.add_argument("--seed", type=at_least(0), default=0, help="of both (default: 0)")
 
 
 def resampling_of(options: argparse.Namespace) -> Resampling:

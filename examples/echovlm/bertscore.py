@@ -32,7 +32,13 @@ class Scorer:
         encoder = Path(config.encoder).resolve().name
         chosen = {name.rpartition("/")[2]: layer for name, layer in model2layers.items()}.get(encoder)
         self.layer = config.num_layers or chosen or 0
-        layers = AutoConfig.from_pretrained(config.encoder).num_hidden_layers
+        try:
+            layers = AutoConfig.from_pretrained(config.encoder).num_hidden_layers
+        except (OSError, ValueError) as error:
+            raise MoEAdapterError(
+                f"evaluation.bertscore.encoder: got {config.encoder}, expected what save_pretrained leaves of one: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
         if not 1 <= self.layer <= layers:
             raise MoEAdapterError(
                 f"evaluation.bertscore.num_layers: got {config.num_layers or 'none'} for {encoder}, which bert-score "

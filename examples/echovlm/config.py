@@ -238,6 +238,12 @@ class RecipeConfig:
     base: BaseConfig | None = None
 
     def __post_init__(self) -> None:
+        spread = "fsdp" if self.engine.fsdp else self.engine.deepspeed
+        if self.method in ("plain", "full") and spread in ("fsdp", "zero3"):
+            raise ValueError(
+                f"method: got {self.method} with engine {spread}, whose spread weights only an adapter is gathered "
+                "from; expected zero2, or deepspeed: null"
+            )
         largest = CELL * LABEL_CLASSES["row"]
         if self.base and (self.image_side % CELL or self.image_side > largest):
             raise ValueError(

@@ -47,14 +47,15 @@ ABLATIONS = {  # name → caption, and which of arms.yaml's tables it is
     "lambda": ("Beyond the paper: λ fixed, learned by layer, by token", "lambda"),
     "start": ("Beyond the paper: the literal equation (3) at the start, without the base preserved", "start"),
     "softmax": ("Beyond the paper: softmax over the selected or over all experts", "softmax"),
-    "balance": ("Beyond the paper: balance over a micro-batch or over the whole step", "balance"),
+    "balance": ("Beyond the paper: balance over a micro-batch, or the step so far and all ranks", "balance"),
 }
-TAIL = ("Beyond the paper: the long tail, organs drawn as they are or all alike", "long tail", "long-tail")
+TAIL = ("Beyond the paper: the long tail, organs drawn as they are or all alike", "long tail")
+REFERENCES = {"balance": "balance-micro", TAIL[1]: "long-tail"}  # of tables that compare two others
+BLIND = "most common answer"  # what sees no image
 NOTES = Path(__file__).with_name("paper_notes.yaml")
 READING = (
     "Average: the unweighted mean of the organs; findings: the attributes stated right, per cent, of all answers. In "
-    f"parentheses the difference from {REFERENCE}, of the long tail's table from {TAIL[2]}, "
-    "and its p of a paired randomisation over patients, of this "
+    "parentheses the difference from the arm without one, and its p of a paired randomisation over patients, of this "
     "comparison alone. Neither knows how another seed of training would differ."
 )
 HYPERPARAMETERS = {  # Table 8's rows, and where a preset has them
@@ -130,11 +131,14 @@ class Grid:
     def organ(self, arm: str, task: str, organ: str, score: str) -> Score:
         return Score(value=_number(self.scores(arm)[task]["by_organ"][organ].get(score)))
 
+    def blind(self, task: str) -> dict[str, Any]:
+        """The scores of the most common answer, by organ and overall."""
+        return self.arms[REFERENCE]["results"]["models"][0]["tasks"][task]
+
     def overall(self, arm: str, task: str, score: str, reference: str = REFERENCE) -> Score:
         """With its interval and its difference from the reference, another arm."""
-        found = {name: _number(value) for name, value in self.scores(arm)[task]["overall"][score].items()}
-        value, *interval = (found[name] for name in ("value", "low", "high"))
-        return Score(value=value, interval=tuple(interval), difference=self._difference(task, (arm, reference), score))
+        found = _estimate(self.scores(arm)[task]["overall"][score])
+        return replace(found, difference=self._difference(task, (arm, reference), score))
 
     def _difference(self, task: str, arms: tuple[str, str], score: str) -> tuple[float, float, float, float] | None:
         if arms[0] == arms[1]:
@@ -152,9 +156,10 @@ def paper_tables(grid: Grid) -> list[Table]:
     tables = [_cases(grid, notes["table-1"])]
     tables += [_models(grid, name, task, notes[name]) for name, task in TASKS.items() if task in grid.tasks]
     for name, (caption, table) in ABLATIONS.items():
-        if len(arms := grid.of(table)) > 1:
-            tables.append(_ablation(grid, name, caption, arms, notes.get(name, [])))
-    if TAIL[2] in (arms := grid.of(TAIL[1])):
+        reference, arms = REFERENCES.get(table, REFERENCE), grid.of(table)
+        if reference in arms and len(arms) > 1:
+            tables.append(_ablation(grid, name, caption, arms, reference, notes.get(name, [])))
+    if REFERENCES[TAIL[1]] in (arms := grid.of(TAIL[1])) and "report" in grid.tasks:
         tables.append(_tail(grid, arms))
     return [*tables, _hyperparameters(grid, notes["table-8"])]
 
@@ -179,30 +184,41 @@ def _cases(grid: Grid, notes: Iterable[str]) -> Table:
 
 def _models(grid: Grid, name: str, task: str, notes: Iterable[str]) -> Table:
     """Tables 2 to 4: organs and metrics as rows, models as columns."""
-    arms = [arm for arm in MODELS if arm in grid.arms]
+    arms, blind = [arm for arm in MODELS if arm in grid.arms], grid.blind(task)
     rows: list[tuple[object, ...]] = []
     for organ in grid.scores(REFERENCE)[task]["by_organ"]:
         rows += [
-            (organ, label, *_marked([grid.organ(arm, task, organ, score) for arm in arms]))
+            (
+                organ,
+                label,
+                Score(value=_number(blind["by_organ"][organ].get(score))),
+                *_marked([grid.organ(arm, task, organ, score) for arm in arms]),
+            )
             for score, label in _labels(grid)
         ]
     rows += [
-        ("average", label, *_marked([grid.overall(arm, task, score) for arm in arms])) for score, label in _labels(grid)
+        (
+            "average",
+            label,
+            _estimate(blind["overall"][score]),
+            *_marked([grid.overall(arm, task, score) for arm in arms]),
+        )
+        for score, label in _labels(grid)
     ]
     return Table(
         name=name,
         caption=f"Table {name[-1]}: {HEADINGS[task].lower()}, {len(grid.held_out[task].examples)} held-out questions",
-        head=("organ", "metric", *(MODELS[arm] for arm in arms)),
+        head=("organ", "metric", f"{BLIND} (no image seen)", *(MODELS[arm] for arm in arms)),
         rows=tuple(rows),
         labels=2,
         notes=tuple(notes),
     )
 
 
-def _ablation(grid: Grid, name: str, caption: str, arms: list[str], notes: Iterable[str]) -> Table:
+def _ablation(grid: Grid, name: str, caption: str, arms: list[str], reference: str, notes: Iterable[str]) -> Table:
     """Tasks and metrics as rows, arms as columns; what each arm trains and forgets below."""
     rows = [
-        (task, label, *_marked([grid.overall(arm, task, score) for arm in arms]))
+        (task, label, *_marked([grid.overall(arm, task, score, reference) for arm in arms]))
         for task in grid.tasks
         for score, label in _labels(grid)
     ]
@@ -223,7 +239,9 @@ def _tail(grid: Grid, arms: list[str]) -> Table:
         rows += [
             (organ, label, *_marked([grid.organ(arm, "report", organ, shown) for arm in arms])) for organ in organs
         ]
-        rows.append(("average", label, *_marked([grid.overall(arm, "report", shown, TAIL[2]) for arm in arms])))
+        rows.append(
+            ("average", label, *_marked([grid.overall(arm, "report", shown, REFERENCES[TAIL[1]]) for arm in arms]))
+        )
     of_arms = "; ".join(f"{arm} trains on {_shares(keep)}" for arm, keep in kept.items())
     head = ("organ", "metric", *arms)
     return Table(name="tail", caption=TAIL[0], head=head, rows=tuple(rows), labels=2, notes=(of_arms,))
@@ -232,7 +250,18 @@ def _tail(grid: Grid, arms: list[str]) -> Table:
 def _hyperparameters(grid: Grid, notes: Iterable[str]) -> Table:
     """Table 8: the paper's, which are the preset `paper`, beside this grid's."""
     columns = [asdict(load_preset("paper")), grid.arms[REFERENCE]["config"]]
-    rows = [(name, *(_value(values, path) for values in columns)) for name, path in HYPERPARAMETERS.items()]
+    rows: list[tuple[object, ...]] = [
+        (name, *(_value(values, path) for values in columns)) for name, path in HYPERPARAMETERS.items()
+    ]
+    text = grid.arms[REFERENCE]["config"].get("base")
+    rows += [
+        ("static expert dim", 18944, text["text"]["intermediate_size"] if text else "the base's"),
+        ("shared experts", 1, 1),
+        ("optimizer", "AdamW", "AdamW"),
+        ("feature select layer", -1, -1),
+        ("patch merger", "2×2", "2×2"),
+        ("GPUs", "H100-80G, 2×A100-80G", NOTHING),
+    ]
     parameters = grid.arms[REFERENCE]["parameters"].values()
     for stage, paper, found in zip(("I", "II"), ("3.39", "3.40"), parameters, strict=True):
         ours = f"{found['trainable'] / 1e6:.2f} M of {found['total'] / 1e6:.2f} M"
@@ -280,6 +309,11 @@ def _value(values: Any, path: str) -> object:
     for name in path.split("."):
         values = values.get(name, NOTHING)
     return NOTHING if values is None else values
+
+
+def _estimate(found: Mapping[str, float | None]) -> Score:
+    value, low, high = (_number(found[name]) for name in ("value", "low", "high"))
+    return Score(value=value, interval=(low, high))
 
 
 def _number(value: float | None) -> float:

@@ -15,7 +15,7 @@ from tabulate import tabulate
 from moe_adapter.directory import replace_file
 
 NOTHING = "–"
-MATHS = {"α": r"$\alpha$", "λ": r"$\lambda$", "γ": r"$\gamma$"}  # which pdflatex knows by name alone
+MATHS = {"α": r"$\alpha$", "λ": r"$\lambda$", "γ": r"$\gamma$", "×": r"$\times$"}  # which pdflatex knows by name alone
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -263,6 +263,7 @@ def test_what_the_command_refuses(checkpoint, tmp_path, capsys):
         (["--base", str(tmp_path), "--adapter", adapter], f"--base {tmp_path}: got no checkpoint directory"),
         (["--base", base, "--adapter", base], f"--adapter {base}: got no adapter"),
         (["--base", base, "--adapter", adapter, "--max-new-tokens", "0"], "--max-new-tokens 0: expected"),
+        (["--base", base, "--adapter", adapter, "--port", "70000"], "--port 70000: expected a number from 0 to 65535"),
     ]:
         assert main(arguments) == 2
         got = capsys.readouterr().err

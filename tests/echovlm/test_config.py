@@ -91,6 +91,11 @@ def test_a_base_of_the_users_takes_any_image_side(tmp_path: Path) -> None:
             r"engine: deepspeed: got 'zero9', expected zero2, zero3 or a Deep",
         ),
         ("extends: paper\nengine: {fsdp: true}", r"engine: got deepspeed: zero2 and fsdp: true, expected one engine"),
+        (
+            "extends: tiny\nmethod: plain\nengine: {fsdp: true}",
+            r"method: got plain with engine fsdp, whose spread",
+        ),
+        ("extends: tiny\nmethod: full\nengine: {deepspeed: zero3}", r"method: got full with engine zero3"),
         ("extends: tiny\nengine: {offload: true}", r"engine: offload: got true, expected it with zero2, zero3 or fsdp"),
         (
             "extends: tiny\nreport_to: [mlflow]",

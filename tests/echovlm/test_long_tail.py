@@ -12,6 +12,7 @@ from echovlm.recipe_parts import PRESET
 from examples.echovlm.account import Account
 from examples.echovlm.cases import Case
 from examples.echovlm.config import PresetError, RecipeConfig, SamplingConfig, load_preset
+from examples.echovlm.corpus.sampling import balanced
 from examples.echovlm.data import Data, load_data
 from examples.echovlm.recipe import _examples
 from moe_adapter import MoEAdapterError
@@ -70,6 +71,11 @@ def test_a_tail_is_cut_by_patient_and_from_training_alone(tmp_path: Path) -> Non
     assert [c for c in kept.train if c.organ not in left] == [c for c in data.train if c.organ not in left]
     assert f"{len(left['heart'])} heart" in "".join(account.lines["Cases"])
     assert kept.train == load_data(cut, None, tmp_path, Account(), made=True).train
+
+
+def test_a_negative_total_is_refused_and_does_not_go_on_for_ever() -> None:
+    with pytest.raises(MoEAdapterError, match="total: got -5"):
+        balanced(["liver", "liver"], -5)
 
 
 def test_an_organ_that_there_is_not_is_named(tmp_path: Path) -> None:

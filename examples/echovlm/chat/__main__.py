@@ -98,6 +98,8 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise MoEAdapterError(
             f"--base {options.base}: got no checkpoint directory; expected one that holds config.json"
         )
+    if not 0 <= options.port <= 65535:
+        raise MoEAdapterError(f"--port {options.port}: expected a number from 0 to 65535")
     if not (options.adapter / INDEX).is_file():
         raise MoEAdapterError(f"--adapter {options.adapter}: got no adapter; expected a folder that holds {INDEX}")
     for name in ("max_new_tokens", "image_side"):

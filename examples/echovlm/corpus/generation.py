@@ -125,7 +125,11 @@ def _again(cases: Sequence[Case], cases_file: Path, again: Path, choice: Choice)
     by_id, sources = {case.id: case for case in cases}, []
     if not again.is_file():
         raise InstanceError(f"--again {again}: no such file; expected the again.jsonl of `review --close`")
-    for number, line in enumerate(again.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = again.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InstanceError(f"--again {again}: not UTF-8; expected the again.jsonl of `review --close`") from None
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             case, notes = by_id[row["case"]], tuple(row["notes"])

@@ -28,8 +28,9 @@ def make_server(review: Review, reviewer: str, port: int = 0) -> ThreadingHTTPSe
     Handler.review, Handler.reviewer = review, reviewer
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        raise ReviewError(f"port {port}: {error.strerror}; take another by --port, or 0 for any") from None
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ReviewError(f"port {port}: {reason}; take another by --port, or 0 for any") from None
 
 
 class _Handler(BaseHTTPRequestHandler):

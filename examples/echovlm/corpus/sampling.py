@@ -26,9 +26,11 @@ def quotas(
 
     Fractions go to the largest remainders. Without `repeat` no group gets more than it has: what it cannot give goes
     to the others in their proportion, and the sum is at most that of the counts.
-    Raises: MoEAdapterError for a temperature outside [0, 1], a weight that is negative or of no group.
+    Raises: MoEAdapterError for a negative total, a temperature outside [0, 1], a weight negative or of no group.
     """
     weights = weights or {}
+    if total < 0:
+        raise MoEAdapterError(f"total: got {total}, expected a number of draws from 0")
     if not 0 <= temperature <= 1:
         raise MoEAdapterError(f"temperature: got {temperature}, expected 0 (equal) to 1 (as they are)")
     if unknown := [name for name, weight in weights.items() if name not in counts or not 0 <= weight < float("inf")]:

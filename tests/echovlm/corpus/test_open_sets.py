@@ -14,6 +14,8 @@ from PIL import Image
 
 from examples.echovlm.cases import Case, read_cases
 from examples.echovlm.corpus.__main__ import main
+from examples.echovlm.corpus.importing.open_sets import read_open_set
+from moe_adapter import MoEAdapterError
 
 
 def image(path: Path, seed: int = 0) -> None:
@@ -140,3 +142,18 @@ def test_reports_that_a_user_has_for_a_set(tmp_path: Path) -> None:
     assert main(["import", "busi", str(tmp_path / "busi"), *map(str, paths)]) == 0
     [case] = read_cases(tmp_path / "raw" / "cases.jsonl")
     assert case.split in ("train", "test") and case.attributes == {"lesion": "mass"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content"),
+    [
+        ("camus", "patient0001/Info_2CH.cfg", b"EF: \xff\xfe"),
+        ("echonet", "FileList.csv", b"Name,EF\na,55\n"),
+        ("breastmnist", "breastmnist.npz", b"no archive"),
+    ],
+)
+def test_a_set_that_cannot_be_read_is_named(tmp_path: Path, kind: str, name: str, content: bytes) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MoEAdapterError, match=r"cannot be read .*; expected"):
+        read_open_set(kind, tmp_path)

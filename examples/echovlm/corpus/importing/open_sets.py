@@ -118,7 +118,11 @@ OPEN_SETS: dict[str, Callable[[Path], list[Examination]]] = {
 def read_open_set(name: str, root: Path) -> list[Examination]:
     """The examinations of a set of OPEN_SETS. Raises MoEAdapterError if its folder is not laid out as it should be."""
     reader = OPEN_SETS[name]
-    if found := reader(root):
+    try:
+        found = reader(root)
+    except (ValueError, KeyError) as error:  # of a table or an archive that is another's, or cut off
+        raise MoEAdapterError(f"{root}: cannot be read ({error!r}); expected {reader.__doc__}") from None
+    if found:
         return found
     raise MoEAdapterError(f"{root}: got nothing of {reader.__doc__} Name the folder that holds these.")
 
