@@ -26,7 +26,7 @@ def load_skeleton(source: str, *, attention: str = "sdpa") -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a config can be wrong in any way, and each model checks its own
         raise MoEAdapterError(
             f"{source}: {_first_line(error)} Expected a directory that holds config.json, that file itself, or the "
             "name of a model on the hub, which takes a network or a model that was fetched before."
@@ -34,12 +34,12 @@ def load_skeleton(source: str, *, attention: str = "sdpa") -> Any:
     try:
         with torch.device("meta"):
             return auto_class(config).from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
-    except (ValueError, ImportError) as error:
+    except Exception as error:
         raise MoEAdapterError(f"{source}, with {attention} attention: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or repr(error)
 
 
 def add_stage2_lora(model: nn.Module, r: int) -> nn.Module:

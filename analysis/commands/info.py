@@ -67,7 +67,10 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
             scalars = {name: tensors.get_tensor(name).item() for name in shapes if name.endswith("_logit")}
     except (OSError, SafetensorError) as error:
         raise MoEAdapterError(f"{weights} is missing or damaged ({error}): copy the adapter again.") from error
-    layers = [_layer(name, shapes, scalars, index["config"]) for name in index["layers"]]
+    try:
+        layers = [_layer(name, shapes, scalars, index["config"]) for name in index["layers"]]
+    except (KeyError, TypeError) as error:
+        raise MoEAdapterError(f"{folder}: its index lacks {error}: copy the adapter again.") from error
     of_layers = sum(row["parameters"] for row in layers)
     lora = _lora(folder / index["lora"]) if index["lora"] else None
     return {

@@ -86,7 +86,13 @@ def _memory(model: Any, plan: Any, engine: str, options: argparse.Namespace) -> 
         except ValueError as error:
             raise MoEAdapterError(f"{error} Use --no-checkpointing.") from error
     bf16 = options.precision == "bf16"
-    step = simulate_step(model.train(), batch, autocast=computed_by(engine, model, bf16=bf16))
+    try:
+        step = simulate_step(model.train(), batch, autocast=computed_by(engine, model, bf16=bf16))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # the model's own, as of too long a sequence
+        raise MoEAdapterError(
+            f"{options.model}: a step of {options.batch} × {options.tokens} tokens does not run "
+            f"({str(error).strip().splitlines()[0]}): look at --tokens, and at the sizes in its config."
+        ) from error
     width = 2 if bf16 else 4
     return per_gpu(step, sizes_of(model), engine, options.gpus, width=width, offload=options.offload)
 

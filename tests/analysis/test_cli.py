@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,27 @@ def test_a_model_that_cannot_be_found_offline_says_what_is_expected(tmp_path, ca
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="unheard_of")))
     assert run("plan", tmp_path) == 1
     assert "Expected a directory that holds config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "big"}, "error for field 'hidden_size'"),
+        ({"hidden_act": "gulu"}, "gulu"),
+        ({"num_attention_heads": 7}, "does not run|head"),
+        (
+            {"model_type": "bert", "is_decoder": True, "max_position_embeddings": 32},
+            "64 tokens does not run .*--tokens",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_line(changes, message, tmp_path, capsys):
+    config = dict(model_type="qwen2", hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=100)
+    config |= dict(intermediate_size=128, num_key_value_heads=4)
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    assert run("plan", tmp_path, *STEP, *SIZES, "--gpus", "2") == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("moe-adapter: error: ") and re.search(message, said[-1])
 
 
 def test_plan_prints_the_plan_and_the_memory(checkpoint, capsys):

@@ -10,7 +10,7 @@ import torch
 from distributed import run_ranks
 from torch import nn
 
-from moe_adapter import MoEAdapterError
+from moe_adapter import MoEAdapterError, inject_dual_path_moe
 from moe_adapter.analysis.record import RoutingRecord, record_routing
 from moe_adapter.analysis.statistics import expert_load
 from moe_adapter.analysis.summary import summary
@@ -108,3 +108,32 @@ def test_a_token_is_never_cut(written, drawn):
     blocks = list(result.tokens())
     assert [len(block) for block in blocks] == [1] * 5
     np.testing.assert_array_equal(np.concatenate([block.expert_TC for block in blocks]), experts[0].reshape(5, 8))
+
+
+def record_sharded(folder: str, ids: torch.Tensor) -> None:
+    """The same of a dual-path model under FSDP2 in bf16, whose α and λ lie on rank 0 alone."""
+    import zoo
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    rank, model, mesh = torch.distributed.get_rank(), dual_path(zoo.build("qwen2")), init_device_mesh("cpu", (2,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(model, mesh=mesh)
+    with torch.no_grad(), record_routing(model, Path(folder, f"rank{rank}.parquet")):
+        model(input_ids=ids[rank::2])
+
+
+def dual_path(model: nn.Module) -> nn.Module:
+    inject_dual_path_moe(model, num_experts=4, expert_dim=16, shared_expert_dim=24, alpha_init=0.9, lam_init=0.3)
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_two_processes_under_fsdp2(tmp_path):
+    ids = torch.randint(3, 100, (6, 9))
+    run_ranks(2, record_sharded, timeout=200, folder=str(tmp_path), ids=ids)
+    parts = RoutingRecord.open([tmp_path / "rank0.parquet", tmp_path / "rank1.parquet"])
+    assert (parts.facts.tokens, parts.facts.cases) == (54, 6)
+    for layer in parts.facts.layers:
+        assert (layer.alpha, layer.lam) == pytest.approx((0.9, 0.3), abs=1e-6)
