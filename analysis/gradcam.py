@@ -9,8 +9,6 @@ Shape letters: N rows of a layer's output, one for each patch or token, D its wi
 from __future__ import annotations
 
 import re
-import textwrap
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +24,7 @@ from torch import nn
 from moe_adapter.analysis import style
 from moe_adapter.analysis.effects import evaluating
 from moe_adapter.analysis.figures import letter, panel_grid
+from moe_adapter.analysis.lines import wrapped
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.find import nearest
 from moe_adapter.language import inside
@@ -168,14 +167,8 @@ def gradcam_figure(
         if handles:
             figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
         if phrase:
-            figure.supxlabel(_filled(f"for “{phrase}”", width_mm), fontsize="medium")
+            figure.supxlabel("\n".join(wrapped(f"for “{phrase}”", round(width_mm / LETTER_MM))), fontsize="medium")
     return figure
-
-
-def _filled(text: str, width_mm: float) -> str:
-    """The text in lines that are not wider; CJK characters, which may be parted anywhere, are twice as wide."""
-    wide = any(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return textwrap.fill(text, round(width_mm / (2 * LETTER_MM if wide else LETTER_MM)))
 
 
 def _draw_frame(ax: Axes, frame: Any, boxes: Mapping[str, Sequence[Box]]) -> None:

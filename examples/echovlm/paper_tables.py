@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from examples.echovlm.config import load_preset
+from examples.echovlm.evaluation import BASELINE
 from examples.echovlm.figures.runs import SHUFFLED, Run
 from examples.echovlm.grid import GRID
 from examples.echovlm.report import HEADINGS
@@ -51,7 +52,6 @@ ABLATIONS = {  # name → caption, and which of arms.yaml's tables it is
 }
 TAIL = ("Beyond the paper: the long tail, organs drawn as they are or all alike", "long tail")
 REFERENCES = {"balance": "balance-micro", TAIL[1]: "long-tail"}  # of tables that compare two others
-BLIND = "most common answer"  # what sees no image
 NOTES = Path(__file__).with_name("paper_notes.yaml")
 READING = (
     "Average: the unweighted mean of the organs; findings: the attributes stated right, per cent, of all answers. In "
@@ -208,7 +208,7 @@ def _models(grid: Grid, name: str, task: str, notes: Iterable[str]) -> Table:
     return Table(
         name=name,
         caption=f"Table {name[-1]}: {HEADINGS[task].lower()}, {len(grid.held_out[task].examples)} held-out questions",
-        head=("organ", "metric", f"{BLIND} (no image seen)", *(MODELS[arm] for arm in arms)),
+        head=("organ", "metric", f"{BASELINE} (no image seen)", *(MODELS[arm] for arm in arms)),
         rows=tuple(rows),
         labels=2,
         notes=tuple(notes),
@@ -253,13 +253,14 @@ def _hyperparameters(grid: Grid, notes: Iterable[str]) -> Table:
     rows: list[tuple[object, ...]] = [
         (name, *(_value(values, path) for values in columns)) for name, path in HYPERPARAMETERS.items()
     ]
-    text = grid.arms[REFERENCE]["config"].get("base")
+    config = grid.arms[REFERENCE]["config"]
+    base, shared = config.get("base"), config["moe"].get("shared_expert_dim", 1)
     rows += [
-        ("static expert dim", 18944, text["text"]["intermediate_size"] if text else "the base's"),
-        ("shared experts", 1, 1),
+        ("static expert dim", 18944, base["text"]["intermediate_size"] if base else "the base's"),
+        ("shared experts", 1, int(bool(shared))),
         ("optimizer", "AdamW", "AdamW"),
-        ("feature select layer", -1, -1),
-        ("patch merger", "2×2", "2×2"),
+        ("feature select layer", -1, "the base's"),
+        ("patch merger", "2×2", "the base's"),
         ("GPUs", "H100-80G, 2×A100-80G", NOTHING),
     ]
     parameters = grid.arms[REFERENCE]["parameters"].values()

@@ -27,7 +27,7 @@ from examples.echovlm.figures import save
 from examples.echovlm.figures.__main__ import main
 from examples.echovlm.figures.architecture import architecture, parameters_by_part
 from examples.echovlm.figures.case_pages import choose, page
-from examples.echovlm.figures.generic import generic, wrapped
+from examples.echovlm.figures.generic import generic
 from examples.echovlm.figures.gradcam import read_boxes
 from examples.echovlm.figures.marks import marks
 from examples.echovlm.figures.overview import counts, overview
@@ -38,6 +38,7 @@ from examples.echovlm.methods import choose_trained, inject
 from examples.echovlm.phantom import generate_cases
 from examples.echovlm.stages import add_lora
 from moe_adapter import MoEAdapterError, dual_path_layers, save_adapter
+from moe_adapter.analysis.lines import wrapped
 
 EVIL = "</td><script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 CYST = "The left thyroid lobe contains a round anechoic cyst of 14 mm."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from examples.echovlm.figures.marks import SYMBOLS, marks
 from examples.echovlm.figures.runs import Run
 from examples.echovlm.finding_scores import truth_of
 from examples.echovlm.tasks import Example, report_example
+from moe_adapter.analysis.lines import wrapped
 from moe_adapter.errors import MoEAdapterError
 
 if TYPE_CHECKING:
@@ -106,30 +106,6 @@ def generic(example: Example, case: Case, answers: dict[str, str]) -> Figure:
             ax.set_title(heads.get(model, f"specialised model ({model})"), fontweight="bold")
             ax.text(0, 0.98, "\n".join(column), va="top", linespacing=1.35)
     return drawn
-
-
-def wrapped(text: str, cells: int) -> list[str]:
-    """Lines of at most so many cells, broken at spaces and beside CJK characters; a longer word stays whole."""
-    lines = [""]
-    for word in _words(text):
-        if _cells(lines[-1] + word.rstrip()) > cells and lines[-1]:
-            lines.append("")
-        lines[-1] += word if lines[-1] else word.lstrip()
-    return [line.rstrip() for line in lines]
-
-
-def _cells(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
-def _words(text: str) -> list[str]:
-    """Pieces that stay whole: a word with the space before it, or one CJK character."""
-    words: list[str] = []
-    for before, character in zip(" " + text, text, strict=False):
-        if character.isspace() or 2 in (_cells(before), _cells(character)) or not words:
-            words.append("")
-        words[-1] += " " if character.isspace() else character
-    return words
 
 
 def _column(said: str, truth: dict[str, str], case: Case) -> list[str]:
