@@ -47,15 +47,19 @@ def record_routing(
     recomputation under gradient checkpointing does not count. Text that was not generated, reference answers
     included, is "prompt".
 
+    A row may hold several sequences one behind the other ("packed", "padding-free"), by position ids that start anew,
+    `seq_idx` or `cu_seq_lens_q`, without an attention mask or a cache: each has its own case and positions from 0.
+    Pad tokens alone at such a row's end are padding.
+
     The file appears when the block ends without an error and has recorded something. At most `row_group_rows` rows
     wait in memory. torch.compile is off inside the block. Each process of a distributed run records what it sees
     itself, to a path of its own; `RoutingRecord.open([…])` reads the paths as one record. A sampler that repeats
     cases to fill the last batch makes those count twice.
 
     Args:
-        cases: ids of the sequences in the order in which the model meets them, as in a Trainer's evaluation.
-            Else name each batch with `record.batch`; sequences without a name are numbered "0", "1", …, in
-            a distributed run "rank:number".
+        cases: ids of the sequences in the order in which the model meets them, as in a Trainer's evaluation; those
+            of a packed row in their order in it. Else name each batch with `record.batch`; sequences without a name
+            are numbered "0", "1", …, in a distributed run "rank:number".
         groups: the group of each case id (an organ, a hospital, …); "all" without it.
 
     Raises:
@@ -102,10 +106,10 @@ class RoutingRecorder:
         self._sizes: dict[int, tuple[int, int]] = {}  # layer: (num_experts, top_k)
         configs = [module.config for module in model.modules() if hasattr(module, "config")]
         self._model_name = getattr(configs[0], "name_or_path", "") if configs else ""
-        self._image_id, self._video_id = (
+        self._special_ids = [
             next((value for c in configs if (value := getattr(c, name, None)) is not None), None)
-            for name in ("image_token_id", "video_token_id")
-        )
+            for name in ("image_token_id", "video_token_id", "pad_token_id")
+        ]
         self._watch = ForwardWatch(model, blocks, self._on_forward)
         self.writer = writer
         self.names = names
@@ -114,8 +118,9 @@ class RoutingRecorder:
         """Name the sequences of the next forward or generate; steps that go on from its cache keep the names.
 
         Args:
-            case_ids: one id per row of the batch, before generate expands it to beams.
-            groups: one group per row; else looked up in `record_routing(groups=…)`, else "all".
+            case_ids: one id per sequence of the batch, which is a row of it, before generate expands it to beams. A
+                packed row holds several: one id for each, row by row.
+            groups: one group per id; else looked up in `record_routing(groups=…)`, else "all".
 
         Raises:
             MoEAdapterError: the lengths differ.
@@ -159,14 +164,15 @@ class RoutingRecorder:
                     f"was given {batch} × {columns}; only routers that see every token can be recorded."
                 )
             self._sizes[call.layer] = (call.num_experts, call.index_TK.shape[-1])
-        case_B, group_B = self.writer.codes(self.names.of(forward))
-        facts = describe_tokens(forward, self._image_id, self._video_id)
+        facts = describe_tokens(forward, *self._special_ids)
+        case_N, group_N = self.writer.codes(self.names.of(forward, facts.sequences))
         keep_T = facts.keep_BS.reshape(-1)
+        sequence_T = facts.sequence_BS.reshape(-1)[keep_T]
         slots = [(call.layer, slot) for call in calls for slot in range(call.index_TK.shape[-1])]
         layer_C, slot_C = zip(*slots, strict=True)
         routed = RoutedTokens(
-            case_T=np.repeat(case_B, columns)[keep_T],
-            group_T=np.repeat(group_B, columns)[keep_T],
+            case_T=case_N[sequence_T],
+            group_T=group_N[sequence_T],
             modality_T=facts.modality_BS.reshape(-1)[keep_T],
             position_T=facts.position_BS.reshape(-1)[keep_T],
             token_id_T=facts.token_id_BS.reshape(-1)[keep_T],

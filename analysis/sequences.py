@@ -1,4 +1,4 @@
-"""Which case and group each row of a batch is."""
+"""Which case and group each sequence of a batch is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_GROUP = "all"
 
 
 class SequenceNames:
-    """Names rows from a batch's given ids, else from a list in the order met, else by number.
+    """Names sequences from a batch's given ids, else from a list in the order met, else by number.
 
     In a distributed run numbers begin with the rank, so that the parts of a record have no case in common: "1:0".
     """
@@ -39,23 +39,28 @@ class SequenceNames:
         if groups is None:
             groups = [self._group(case) for case in case_ids]
         if len(groups) != len(case_ids):
-            raise MoEAdapterError(f"got {len(case_ids)} case ids and {len(groups)} groups; give one of each per row.")
+            raise MoEAdapterError(
+                f"got {len(case_ids)} case ids and {len(groups)} groups; give one of each per sequence."
+            )
         self._given = [(str(case), str(group)) for case, group in zip(case_ids, groups, strict=True)]
         self._by_batch = True
 
-    def of(self, forward: Forward) -> list[tuple[str, str]]:
-        """(case, group) of each row. A step of the same generate, or one with a filled cache, keeps its names."""
-        batch = forward.shape[0]
+    def of(self, forward: Forward, sequences: int) -> list[tuple[str, str]]:
+        """(case, group) of each sequence. A step of the same generate, or one with a filled cache, keeps its names."""
+        if not sequences:  # packed rows of padding alone
+            return []
         generation = forward.generation
         goes_on = generation is self._generation if generation else forward.past > 0 and bool(self._current)
         if not goes_on:
-            self._current = self._next(generation.rows if generation else batch)
+            rows = generation.rows if generation else forward.shape[0]
+            self._current = self._next(rows, generation.rows if generation else sequences)
         self._generation = generation
-        if batch % len(self._current):
+        if sequences % len(self._current):
             raise MoEAdapterError(
-                f"a step of {batch} rows goes on from a batch of {len(self._current)}; keep a batch's rows together."
+                f"a step of {sequences} rows goes on from a batch of {len(self._current)}; keep a batch's rows "
+                "together."
             )
-        copies = batch // len(self._current)  # beams, or several answers to a prompt
+        copies = sequences // len(self._current)  # beams, or several answers to a prompt
         return [name for name in self._current for _ in range(copies)]
 
     def check_all_met(self) -> None:
@@ -67,17 +72,21 @@ class SequenceNames:
                 stacklevel=4,
             )
 
-    def _next(self, rows: int) -> list[tuple[str, str]]:
+    def _next(self, rows: int, sequences: int) -> list[tuple[str, str]]:
         if self._given is not None:
             given, self._given = self._given, None
-            if len(given) != rows:
-                raise MoEAdapterError(f"got {len(given)} case ids for a batch of {rows} rows; give one per row.")
+            if len(given) != sequences:
+                packed = f" holding {sequences} sequences" if sequences != rows else ""
+                raise MoEAdapterError(
+                    f"got {len(given)} case ids for a batch of {rows} rows{packed}; give one per "
+                    + ("sequence, row by row." if packed else "row.")
+                )
             return given
         if self._by_batch:
             raise MoEAdapterError(
                 "a batch without names; call record.batch(case_ids=…) before each forward or generate."
             )
-        start, self._met = self._met, self._met + rows
+        start, self._met = self._met, self._met + sequences
         if self._cases is None:
             cases = [f"{self._prefix}{number}" for number in range(start, self._met)]
         elif self._met > len(self._cases):

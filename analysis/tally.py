@@ -36,7 +36,7 @@ def count_routing(
     """Count routed tokens by group, modality, layer and expert, as `record_routing` would record them.
 
     Memory is of constant size, whatever runs inside the block. Gradients and recomputation are as without it;
-    torch.compile is off.
+    torch.compile is off. Of packed rows each sequence counts as one, and is one of a batch's names.
 
     Args:
         groups: the group of each case id that `counts.batch` is given; "all" without it.
@@ -102,9 +102,9 @@ class RoutingTally:
         self._counts_GMLE[:] = 0
 
     def codes(self, named: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers that stand for the case and the group of each row of a batch; a case is not kept."""
-        group_B = [self.groups.setdefault(group, len(self.groups)) for _, group in named]
-        return np.zeros(len(named), int), np.array(group_B)
+        """The numbers that stand for the case and the group of each sequence of a batch; a case is not kept."""
+        group_N = [self.groups.setdefault(group, len(self.groups)) for _, group in named]
+        return np.zeros(len(named), int), np.array(group_N, int)
 
     def append(self, routed: RoutedTokens) -> None:
         self.tokens += len(routed)

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
+from moe_adapter.analysis.packing import packed_rows
 from moe_adapter.analysis.schema import GENERATED, IMAGE, PROMPT, VIDEO
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.masks import token_mask
@@ -60,20 +61,24 @@ class TokenFacts:
     """Per token of a forward, (B, S) each; `keep_BS` is False for padding and for tokens already recorded."""
 
     keep_BS: np.ndarray
+    sequence_BS: np.ndarray  # of the forward's `sequences`: its row, but where rows are packed
     modality_BS: np.ndarray
     position_BS: np.ndarray
     token_id_BS: np.ndarray
+    sequences: int
 
 
 def is_padding_mask(mask: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2
 
 
-def describe_tokens(forward: Forward, image_id: int | None, video_id: int | None) -> TokenFacts:
+def describe_tokens(
+    forward: Forward, image_id: int | None, video_id: int | None, pad_id: int | None = None
+) -> TokenFacts:
     """The facts of each token of a forward; moves its Generation on."""
     ids = forward.inputs.get("input_ids")
     ids_BS = np.full(forward.shape, -1) if ids is None else _numpy(ids)
-    real_BS, position_BS = _real_tokens(forward)
+    real_BS, sequence_BS, position_BS = _sequences(forward, ids_BS, pad_id)
     modality_BS = _modality(forward, ids_BS, image_id, video_id)
     generation = forward.generation
     if generation is None:
@@ -85,7 +90,14 @@ def describe_tokens(forward: Forward, image_id: int | None, video_id: int | None
         modality_BS = np.where(generated_S, GENERATED, modality_BS)
         keep_BS = real_BS & _running(generation, ids_BS, generated_S) & (_columns(forward) >= generation.columns_seen)
         generation.columns_seen = forward.past + forward.shape[1]
-    return TokenFacts(keep_BS=keep_BS, modality_BS=modality_BS, position_BS=position_BS, token_id_BS=ids_BS)
+    return TokenFacts(
+        keep_BS=keep_BS,
+        sequence_BS=sequence_BS,
+        modality_BS=modality_BS,
+        position_BS=position_BS,
+        token_id_BS=ids_BS,
+        sequences=int(sequence_BS.max(initial=-1)) + 1,
+    )
 
 
 def _columns(forward: Forward) -> np.ndarray:
@@ -94,6 +106,14 @@ def _columns(forward: Forward) -> np.ndarray:
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
+
+
+def _sequences(forward: Forward, ids_BS: np.ndarray, pad_id: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(real, number of its sequence, position in it), (B, S) each."""
+    if forward.generation is None and (packed := packed_rows(forward.inputs, ids_BS, pad_id)):
+        return packed.real_BS, packed.sequence_BS, packed.position_BS
+    real_BS, position_BS = _real_tokens(forward)
+    return real_BS, np.broadcast_to(np.arange(len(ids_BS))[:, None], ids_BS.shape), position_BS
 
 
 def _real_tokens(forward: Forward) -> tuple[np.ndarray, np.ndarray]:

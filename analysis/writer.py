@@ -63,10 +63,10 @@ class RoutingWriter:
         )
 
     def codes(self, named: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers that stand for the case and the group of each row of a batch."""
-        case_B = [self.cases.setdefault(case, len(self.cases)) for case, _ in named]
-        group_B = [self.groups.setdefault(group, len(self.groups)) for _, group in named]
-        return np.array(case_B), np.array(group_B)
+        """The numbers that stand for the case and the group of each sequence of a batch."""
+        case_N = [self.cases.setdefault(case, len(self.cases)) for case, _ in named]
+        group_N = [self.groups.setdefault(group, len(self.groups)) for _, group in named]
+        return np.array(case_N, int), np.array(group_N, int)
 
     def append(self, routed: RoutedTokens) -> None:
         """Take tokens in; at most `row_group_rows` rows (one token at least) wait in memory."""

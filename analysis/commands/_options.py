@@ -151,8 +151,8 @@ def at_least(least: int) -> Callable[[str], int]:
     """A number that argparse takes from `least` on."""
 
     def number(text: str) -> int:
-        if not text.removeprefix("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least {least}")
+        if not text.removeprefix("-").isdigit() or not least <= int(text) < 2**64:  # as much as torch takes for a seed
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least {least}, of 64 bits")
         return int(text)
 
     return number
