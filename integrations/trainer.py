@@ -9,22 +9,25 @@ expert loads, α and λ to whatever `report_to` names, and warns of experts that
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from moe_adapter import dual_path_layers
+from moe_adapter.balance_scope import start_step
 from moe_adapter.injection import STATE, Injection, injected_model
 from moe_adapter.losses import layer_balance_loss, real_tokens, routed_counts, total_loss
 from moe_adapter.objective import step_share
 
 IDLE = 0.05  # of its fair share: an expert with less has lost almost everything
 BUSY = 0.98  # of all tokens: an expert that is chosen for more takes almost everything
+SUMS = "routing_statistics.pt"  # in a checkpoint: what the next log entry tells of the steps before
 
 
 class CollapseWarning(UserWarning):
@@ -44,6 +47,7 @@ class DualPathMixin:
         owner = injected_model(self.model)  # pyright: ignore
         self._injection: Injection = getattr(owner, STATE)
         self._statistics = RoutingStatistics(owner)
+        self.add_callback(_Steps())  # pyright: ignore
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The trainer's own, plus γ·L_bal of the forward that it differentiates: the mean, if there are several."""
@@ -85,9 +89,28 @@ class DualPathMixin:
         super().log({**logs, **summary}, *args, **kwargs)  # pyright: ignore
         report(self, details)  # pyright: ignore
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The trainer's own, and beside it the sums for the next log entry; a collective of all ranks."""
+        super()._save_rng_state(output_dir)  # pyright: ignore
+        sums = {i: total.cpu() for i, total in self._statistics.over_ranks().items()}
+        if self.args.process_index == 0:  # pyright: ignore
+            torch.save(sums, os.path.join(output_dir, SUMS))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)  # pyright: ignore
+        if checkpoint and os.path.isfile(path := os.path.join(checkpoint, SUMS)):
+            self._statistics.load(torch.load(path), first=self.args.process_index == 0)  # pyright: ignore
+
 
 class DualPathTrainer(DualPathMixin, Trainer):
     """transformers' Trainer with `DualPathMixin`."""
+
+
+class _Steps(TrainerCallback):
+    """Tells where a step begins: one that is skipped, as when float16 overflows, ends in no optimizer's step."""
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        start_step()
 
 
 class RoutingStatistics:
@@ -112,7 +135,7 @@ class RoutingStatistics:
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """The two numbers for a log line and all of them for a reporter, over all ranks; then it starts anew."""
-        sums = {i: _over_ranks(total).tolist() for i, total in sorted(self.sums.items())}
+        sums = {i: total.tolist() for i, total in self.over_ranks().items()}
         self.sums = {}
         losses = {i: loss / passes for i, (*_, loss, passes) in sums.items()}
         loads = {
@@ -127,6 +150,19 @@ class RoutingStatistics:
                 if getattr(layer, logit) is not None:
                     details[f"{name}/{i}"] = layer.settled(logit).sigmoid().item()
         return summary, details
+
+    def over_ranks(self) -> dict[int, torch.Tensor]:
+        """The sums of all ranks; a collective."""
+        sums = {i: total.clone() for i, total in sorted(self.sums.items())}
+        if dist.is_available() and dist.is_initialized():
+            for total in sums.values():
+                dist.all_reduce(total)
+        return sums
+
+    def load(self, sums: dict[int, torch.Tensor], *, first: bool) -> None:
+        """Go on from the sums of all ranks, which the first one keeps."""
+        devices = [layer.router.weight.device for layer in self.layers]
+        self.sums = {i: (total * first).to(devices[i]) for i, total in sums.items()}
 
     def _warn_of_collapse(self, loads: dict[tuple[int, int], float]) -> None:
         """Once for each expert, until it has recovered."""
@@ -150,9 +186,3 @@ def report(trainer: Trainer, values: dict[str, float]) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, reporters):
             callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(values), model=trainer.model)
-
-
-def _over_ranks(total: torch.Tensor) -> torch.Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
-    return total

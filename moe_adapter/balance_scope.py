@@ -1,7 +1,8 @@
 """F of equation (6) over the whole batch: all data-parallel ranks, and the micro-batches of the step so far.
 
 A step ends where an optimizer's does. Importing this counts them, by a hook on all of torch's optimizers, which
-DeepSpeed's and accelerate's run inside their own.
+DeepSpeed's and accelerate's run inside their own. Where one is skipped, as when float16 overflows, `start_step` has to
+say so.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ _numbers = itertools.count(1)
 _step = 0
 
 
-def _next_step(*_) -> None:
+def start_step(*_) -> None:
+    """From here on a new step begins, whatever the one before has come to."""
     global _step
     _step = next(_numbers)
 
 
-register_optimizer_step_post_hook(_next_step)
+register_optimizer_step_post_hook(start_step)
 
 
 @torch.no_grad()

@@ -8,7 +8,14 @@ import pytest
 import torch
 import transformers as tf
 import zoo
-from reference import assert_same_gradients, perturb, reference_balance, reference_loss, reference_model
+from reference import (
+    assert_same_gradients,
+    perturb,
+    reference_balance,
+    reference_gradients,
+    reference_loss,
+    reference_model,
+)
 
 from moe_adapter import balance_loss, dual_path_layers, inject_dual_path_moe, static_only
 from moe_adapter.losses import layer_balance_loss
@@ -112,6 +119,23 @@ def test_gradients_of_a_scaled_loss_scale(kind):
     (model(**batch, use_cache=False).loss * 1024.0).backward()
     (reference_loss(twin, batch, GAMMA) * 1024.0).backward()
     assert_same_gradients(model, twin)
+
+
+def test_float16_with_a_loss_scaler():
+    model, batch = make_model(), make_batch()
+    twin = reference_model(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with torch.autocast("cpu", torch.float16):
+        loss = model(**batch, use_cache=False).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    reference_loss(twin, batch, GAMMA).backward()
+    expected = reference_gradients(twin)
+    for name, layer in dual_path_layers(model).items():
+        found = layer.router.weight.grad.double()
+        gap = found - expected[f"{name}.router.weight"]
+        assert gap.norm() / found.norm() < 1e-2
 
 
 def test_balance_loss_alone_has_a_gradient():

@@ -6,17 +6,25 @@ import pytest
 import torch
 import zoo
 from distributed import run_ranks
+from engines import Ordered
 from reference import perturb, reference_gradients, reference_layers, reference_model
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import TrainingArguments
 
 from moe_adapter import balance_loss, dual_path_layers, inject_dual_path_moe
+from moe_adapter.integrations.trainer import DualPathMixin
 
 SIZES = dict(num_experts=4, top_k=2, expert_dim=16, shared_expert_dim=24)
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 
 
-def make_model(scope: str = "global") -> nn.Module:
-    return perturb(inject_dual_path_moe(zoo.build("qwen2"), balance_scope=scope, **SIZES), 0.3).train()
+class OrderedDualPath(DualPathMixin, Ordered):
+    pass
+
+
+def make_model(scope: str = "global", **config) -> nn.Module:
+    return perturb(inject_dual_path_moe(zoo.build("qwen2"), balance_scope=scope, **SIZES, **config), 0.3).train()
 
 
 def make_batch(seed: int) -> dict[str, torch.Tensor]:
@@ -79,6 +87,25 @@ def test_an_optimizers_step_starts_anew():
     found_loss(model, 0)
     optimizer.step()
     torch.testing.assert_close(found_loss(model, 1).double(), expected_loss(twin, [[1]], 1), rtol=1e-5, atol=0)
+
+
+def test_a_step_skipped_for_overflow_starts_anew(tmp_path):
+    """A loss scale that overflows float32 in the first step: GradScaler then leaves the optimizer's step out."""
+    model, seen = make_model(balance_coef=1e6), []
+    twin = reference_model(model)
+    model.register_forward_hook(lambda *_: seen.append(balance_loss(model).detach()))
+    arguments = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2, learning_rate=0.0)
+    arguments |= dict(optim="sgd", max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True)
+    batches = [{**make_batch(seed), "labels": make_batch(seed)["input_ids"]} for seed in range(4)]
+    take = dict(train_dataset=batches, data_collator=lambda rows: rows[0])
+    trainer = OrderedDualPath(model, TrainingArguments(str(tmp_path), **arguments), **take)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)
+    steps = []
+    register_optimizer_step_post_hook(lambda *_: steps.append(len(seen)))
+    trainer.train()
+    assert steps == [4], "the first step was to be left out, the second made"
+    for found, seeds in zip(seen, ([0], [0, 1], [2], [2, 3]), strict=True):
+        torch.testing.assert_close(found.double(), expected_loss(twin, [seeds], seeds[-1]), rtol=1e-5, atol=0)
 
 
 def test_asking_twice_counts_once():

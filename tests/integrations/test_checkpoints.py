@@ -30,12 +30,13 @@ from moe_adapter.integrations.checkpoints import (
 )
 from moe_adapter.integrations.deepspeed import zero_config
 from moe_adapter.integrations.fsdp import fsdp_arguments
+from moe_adapter.integrations.trainer import SUMS, DualPathMixin
 from moe_adapter.sharding import whole
 
-ROWS, EPOCHS = 12, 2
+ROWS, EPOCHS, LOGGED = 12, 2, 4
 
 
-class CheckpointTrainer(AdapterCheckpoints, Trainer):
+class CheckpointTrainer(DualPathMixin, AdapterCheckpoints, Trainer):
     pass
 
 
@@ -56,7 +57,7 @@ def trainer(folder: Path, stage: int = 2, *, seed: int = 0, also="", callbacks=(
     ]
     settings = dict(num_train_epochs=EPOCHS, per_device_train_batch_size=1, gradient_accumulation_steps=2, save_steps=1)
     settings |= dict(learning_rate=1e-2, lr_scheduler_type="cosine", warmup_steps=2, use_cpu=True, report_to=[])
-    settings |= dict(disable_tqdm=True, logging_steps=100)
+    settings |= dict(disable_tqdm=True, logging_steps=LOGGED)
     args = TrainingArguments(folder, **settings | arguments)
     return CheckpointTrainer(model, args, train_dataset=data, eval_dataset=data[:2], callbacks=list(callbacks))
 
@@ -70,18 +71,27 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert found.keys() == expected.keys() and not different
 
 
+def routing_log(training: CheckpointTrainer) -> dict[int, list[float]]:
+    entries = [entry for entry in training.state.log_history if "max_load" in entry]
+    return {entry["step"]: [entry["balance_loss"], entry["max_load"]] for entry in entries}
+
+
 def resume_everywhere(folder: Path, stage: int, steps: list[int], **arguments) -> None:
     """Resume from each of these checkpoints of one training, in a model that was born otherwise."""
     reference = trainer(folder, stage, **arguments)
     reference.train()
     engine = [name for name in ("deepspeed", "fsdp") if getattr(reference, f"is_{name}_enabled")]
     assert engine == [name for name in ("deepspeed", "fsdp") if name in arguments]
-    expected, random = weights(reference.model), torch.get_rng_state()
+    expected, random, logged = weights(reference.model), torch.get_rng_state(), routing_log(reference)
+    assert list(logged) == list(range(LOGGED, reference.state.global_step + 1, LOGGED))
     for step in steps:
         again = trainer(folder, stage, seed=1, **arguments | {"save_strategy": "no"})
         again.train(resume_from_checkpoint=folder / f"checkpoint-{step}")
         assert_equal(weights(again.model), expected)
         assert torch.equal(torch.get_rng_state(), random)
+        found = routing_log(again)  # of the steps before it too, where a log entry spans the checkpoint
+        assert found.keys() == logged.keys()
+        assert all(found[at] == pytest.approx(logged[at], rel=1e-6) for at in logged)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -130,7 +140,7 @@ def test_a_checkpoint_holds_what_trains_and_no_base(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-6"
     names = {path.relative_to(checkpoint).as_posix().split("-")[0] for path in checkpoint.glob("*")}
     own = {"moe_adapter.json", "weights", "lora", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-    assert names == own | {COMPLETE}
+    assert names == own | {COMPLETE, SUMS}
     trained = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
     moments = torch.load(checkpoint / "optimizer.pt")["state"].values()
     assert sum(state["exp_avg"].numel() for state in moments) == trained

@@ -61,7 +61,7 @@ TRAINERS = {
 }
 
 
-def first_gradients(tmp_path, trainer: str, gamma: float, **more) -> dict[str, torch.Tensor]:
+def first_gradients(tmp_path, trainer: str, gamma: float, scaler=None, **more) -> dict[str, torch.Tensor]:
     kind, arguments_class, settings, keywords = TRAINERS[trainer]
     arguments = arguments_class(
         str(tmp_path),
@@ -83,7 +83,9 @@ def first_gradients(tmp_path, trainer: str, gamma: float, **more) -> dict[str, t
         keywords = {**keywords, "processing_class": zoo_tokenizer(), "data_collator": collate_lists}
     else:
         keywords = {**keywords, "data_collator": collate}
-    kind(make_model(gamma), arguments, train_dataset=data, callbacks=[keep], **keywords).train()
+    made = kind(make_model(gamma), arguments, train_dataset=data, callbacks=[keep], **keywords)
+    made.accelerator.scaler = scaler
+    made.train()
     return keep.gradients
 
 
@@ -122,6 +124,17 @@ def test_adds_the_balance_loss_once(tmp_path, trainer, caplog):
         if name.endswith("router.weight"):
             found = with_it[name] - without[name]
             assert (found - expected).norm() / expected.norm() < 1e-4, name
+
+
+@pytest.mark.parametrize("trainer", ["label smoothing", "the model's loss", "TRL"])
+def test_a_loss_scaler_scales_it_with_the_rest(tmp_path, trainer):
+    """torch's own, as for float16: by a power of two, so that nothing is rounded."""
+    plain, scaled = (
+        first_gradients(tmp_path, trainer, GAMMA, scaler)
+        for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    )
+    for name, value in plain.items():
+        torch.testing.assert_close(scaled[name], 1024.0 * value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
