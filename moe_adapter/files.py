@@ -112,6 +112,11 @@ def load_named(model: nn.Module, folder: Path, name: str) -> nn.Module:
 def _destination(model: nn.Module) -> nn.Module:
     """What an adapter goes onto: the base of an unwrapped model, or an injected one where its parameters lie."""
     injected = any(STATE in vars(part) for part in model.modules()) if isinstance(model, nn.Module) else False
+    if injected and any(is_spread(p) and not hasattr(p, "full_tensor") for p in model.parameters()):
+        raise MoEAdapterError(
+            "the model's parameters are spread by DeepSpeed's ZeRO-3, which keeps float32 masters that a file would "
+            "not reach: load the adapter, then give the model to DeepSpeed; its own checkpoints its engine loads."
+        )
     if injected and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return injected_model(model)
     return unwrapped(model)

@@ -55,6 +55,11 @@ class KeepsFloat32(nn.Module):
         """Whether an engine has cast own parameters, so that their values are masters, spread over ranks."""
         return any(p.dtype not in WIDE and has_master(p) for p in self.parameters(recurse=False))
 
+    @property
+    def has_engine(self) -> bool:
+        """Whether an engine spreads own parameters or has cast them, so that there may be masters to follow."""
+        return any(hasattr(p, "full_tensor") or p.dtype not in WIDE for p in self.parameters(recurse=False))
+
     def follow_masters(self, training: bool) -> None:
         """Look up the masters of what is cast, or will be: a collective of all ranks that hold the model together.
 
@@ -76,9 +81,10 @@ class FollowMasters:
         self.parts = parts
 
     def __call__(self, stack: nn.Module, args: tuple) -> None:
-        if dist.is_available() and dist.is_initialized() and not torch.compiler.is_compiling():
-            for part in self.parts:
-                part.follow_masters(stack.training and torch.is_grad_enabled())
+        if dist.is_available() and dist.is_initialized() and any(part.has_engine for part in self.parts):
+            from moe_adapter.masters import follow_masters
+
+            follow_masters(self.parts, stack.training and torch.is_grad_enabled())  # pyright: ignore
 
 
 def float32_master(parameter: nn.Parameter) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from moe_adapter.sharding import whole
 STEPS, RATE = 50, 2e-5
 
 
-def alphas(engine: str | None, bf16: bool = True) -> list[torch.Tensor]:
+def alphas(engine: str | None, bf16: bool = True, **arguments) -> list[torch.Tensor]:
     """The layers' α as each training forward uses it, (STEPS, layers), from 0.9 on, at a learning rate of 2e-5.
 
     At 0.5 the logit would be 0, around which bfloat16 is as fine as anything.
@@ -46,6 +46,7 @@ def alphas(engine: str | None, bf16: bool = True) -> list[torch.Tensor]:
         save_strategy="no",
         disable_tqdm=True,
         **({} if engine is None else arguments_of(engine)),
+        **arguments,
     )
     data = [row for batch in micro_batches("uneven", RANKS * STEPS) for row in batch]
     Ordered(model, args, train_dataset=data, data_collator=collate).train()
@@ -71,6 +72,15 @@ def test_autocast():
 def test_engines(engine):
     expected = alphas(None, bf16=False)
     for found in run_ranks(RANKS, alphas, timeout=300, engine=engine):
+        check(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_engines_whose_model_is_compiled_whole(engine):
+    expected = alphas(None, bf16=False)
+    whole = dict(torch_compile=True, torch_compile_backend="aot_eager")
+    for found in run_ranks(RANKS, alphas, timeout=500, engine=engine, **whole):
         check(found, expected)
 
 

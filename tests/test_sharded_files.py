@@ -121,6 +121,7 @@ def failures(folder: Path) -> dict[str, str]:
         "a full disk": lambda: save_adapter(model, folder / "a file"),
         "no file on one rank": lambda: load_adapter(model, folder / ("plain" if rank == 0 else "nowhere")),
         "LoRA for a model without": lambda: load_adapter(fsdp2(bare, mesh), folder / "lora"),
+        "ZeRO-3": lambda: load_adapter(zero3(build("plain", seed=1), mesh), folder / "plain"),
         "sharded before injection": lambda: load_adapter(fsdp2(zoo.build("qwen2"), mesh), folder / "plain"),
     }
     said = {}
@@ -196,6 +197,7 @@ def test_under_data_parallelism_rank_0_writes(folder, said, who):
         ("a full disk", (0, "is a file: an adapter takes a directory"), "rank 0 failed.*is a file"),
         ("no file on one rank", (1, "holds no adapter"), "rank 1 failed.*holds no adapter"),
         ("LoRA for a model without", (0, "has none called 'default': load"), "has none called 'default': load"),
+        ("ZeRO-3", (0, "spread by DeepSpeed's ZeRO-3.*then give"), "spread by DeepSpeed's ZeRO-3"),
         ("sharded before injection", (0, "wrapped by FSDPModule: inject before"), "wrapped by FSDPModule"),
     ],
 )
