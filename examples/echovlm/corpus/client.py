@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from moe_adapter.errors import MoEAdapterError
 FRAME_TOKENS = 4096  # reserved for a frame until the server has said what it cost
 FAILURES = 5  # requests in a row that the server leaves unanswered before it is left alone
 UNANSWERED, INVALID = "unanswered", "no valid answer"
+FORMS = ("json_schema", "json_object")  # OpenAI's, and llama-cpp-python's, with the schema in it
 
 
 class ServerError(MoEAdapterError):
@@ -43,6 +45,7 @@ class Server:
     retries: int = 8
     timeout: float = 300.0
     attempts: int = 3
+    response_format: str = FORMS[0]
     max_requests: int | None = None
     max_total_tokens: int | None = None
 
@@ -52,19 +55,26 @@ class Server:
         for name in ("max_tokens", "concurrency", "attempts", "timeout"):
             if getattr(self, name) <= 0:
                 raise ServerError(f"{name}: got {getattr(self, name)}, expected more than 0")
+        if self.response_format not in FORMS:
+            raise ServerError(f"response_format: got {self.response_format!r}, expected one of {', '.join(FORMS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request: chat messages, the JSON schema of the answer, and a seed."""
+    """One request: chat messages, the JSON schema of the answer, a seed, and the names of the messages' frames."""
 
     messages: list[dict[str, Any]]
     schema: dict[str, Any]
     seed: int
+    frames: tuple[str, ...] = ()
 
     def body(self, server: Server) -> dict[str, Any]:
         """What is sent."""
-        form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": self.schema}}
+        form: dict[str, Any] = {"type": server.response_format}
+        if server.response_format == "json_schema":
+            form["json_schema"] = {"name": "answer", "strict": True, "schema": self.schema}
+        else:
+            form["schema"] = self.schema
         return {
             "model": server.model,
             "messages": self.messages,
@@ -77,6 +87,15 @@ class Request:
     def key(self, server: Server) -> str:
         """A hash of what is sent: 32 hexadecimal digits."""
         return digest(json.dumps(self.body(server), sort_keys=True))[:32]
+
+    def text(self) -> list[dict[str, Any]]:
+        """The messages as the journal keeps them: a frame is its name and the SHA-256 of its file."""
+        names = iter(self.frames)
+        return [
+            {**message, "content": content if isinstance(content, str) else [_kept(part, names) for part in content]}
+            for message in self.messages
+            for content in [message["content"]]
+        ]
 
 
 class Job(Protocol):
@@ -160,7 +179,7 @@ class Client:
         openai = _library()
         try:
             completion = await client.chat.completions.create(**request.body(self.server))
-            record = _record(completion, need)
+            record = _record(completion, need) | {"seed": request.seed, "messages": request.text()}
             self.journal.append(request.key(self.server), record)
             self._tokens += record["tokens"]
             self._row = 0
@@ -168,8 +187,12 @@ class Client:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise ServerError(f"{self.server.base_url}: {_told(error)}; check the URL, the model, the key") from None
         except (openai.APIError, ValueError) as error:  # ValueError: a body that is no JSON
+            if "response_format" in str(error):  # llama-cpp-python's server says so with a 500
+                raise ServerError(
+                    f"{self.server.base_url}: {_told(error)}; give another response_format of {', '.join(FORMS)}"
+                ) from None
             self.failures.append(_told(error))
-            self._row += 1
+            self._row += not _is_too_long(error)  # which is that one request's own fault
             if self._row >= FAILURES:
                 self.stopped = f"{self._row} requests in a row were left unanswered"
             return False
@@ -219,6 +242,13 @@ def _record(completion: Any, need: int) -> dict[str, Any]:
     }
 
 
+def _kept(part: dict[str, Any], names: Iterator[str]) -> dict[str, Any]:
+    if part["type"] == "text":
+        return part
+    content = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+    return {"type": "frame", "name": next(names, ""), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def _size(request: Request) -> int:
     """No fewer tokens than the messages have: the bytes of their text, and FRAME_TOKENS a frame."""
     total = 0
@@ -229,9 +259,15 @@ def _size(request: Request) -> int:
     return total
 
 
+def _is_too_long(error: Exception) -> bool:
+    """Whether a request exceeds the model's context, as OpenAI and both servers of llama.cpp say it."""
+    return getattr(error, "status_code", None) == 400 and "context" in str(error)
+
+
 def _told(error: Exception) -> str:
     status = getattr(error, "status_code", None)
-    return " ".join(f"{f'HTTP {status}' if status else type(error).__name__}: {error}".split())[:200]
+    said = f"HTTP {status}: {error}" if status else f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+    return " ".join(said.split())[:200].rstrip(".")
 
 
 def _library() -> Any:

@@ -71,6 +71,7 @@ class Source:
             messages=messages(self.case, self.template, self.kind, notes=self.notes, frames=self.frames),
             schema=answer_model(self.kind, parts_of(self.case)).model_json_schema(),
             seed=seed_of(self.seed, self.id, attempt),
+            frames=self.case.images[: len(self.frames)],
         )
 
     def read(self, text: str) -> Any:

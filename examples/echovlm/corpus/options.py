@@ -18,6 +18,7 @@ HELP = {
     "retries": "of a request that met 429, 5xx or a lost connection",
     "timeout": "seconds for an answer",
     "attempts": "at a valid answer, each with another seed",
+    "response_format": "how the schema is sent: json_schema, or json_object to a server that does not know that",
     "max_requests": "budget: requests, all runs of the step on this folder together",
     "max_total_tokens": "budget: tokens in and out, all runs of the step on this folder together",
 }

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+BOX = ("RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1")
+NUMBERS = ("RegionSpatialFormat", "RegionDataType", *BOX)  # those of Region, in its order
 TWO_D = 1  # Region Spatial Format (0018,6012)
 TISSUE, COLOUR_FLOW = 1, 2  # Region Data Type (0018,6014); an ECG is 0xA, a grey bar 0xD, a colour bar 0xE
 SAME_DISPLAY = 0.5  # share of the smaller box: a colour box lies on the tissue that it belongs to
@@ -35,11 +37,8 @@ def regions_of(header: Any) -> tuple[Region, ...] | None:
     """The regions of a DICOM header, numbers only; None without the tag."""
     if "SequenceOfUltrasoundRegions" not in header:
         return None
-    box = ("RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1")
-    names = ("RegionSpatialFormat", "RegionDataType", *box)
-    return tuple(
-        Region(*(int(item.get(name) or 0) for name in names)) for item in header.SequenceOfUltrasoundRegions or ()
-    )
+    items = header.SequenceOfUltrasoundRegions or ()
+    return tuple(Region(*(int(item.get(name) or 0) for name in NUMBERS)) for item in items)
 
 
 def displays(regions: Sequence[Region]) -> list[Region]:

@@ -99,8 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.state.release.wait(30)
                 action = "cut"
             if isinstance(action, tuple):
-                status, headers = action
-                self._send(status, json.dumps({"error": {"message": f"status {status}"}}), headers)
+                status, headers, *message = action
+                said = message[0] if message else f"status {status}"
+                self._send(status, json.dumps({"error": {"message": said}}), headers)
                 return
             content = answer_of(body) if action in ("answer", "cut") else action
             reply = content if action == "not a completion" else json.dumps(completion(body, content))
@@ -144,7 +145,7 @@ def completion(body: dict[str, Any], content: str) -> dict[str, Any]:
 
 def answer_of(body: dict[str, Any]) -> str:
     """An answer by the request's own JSON schema; what is quoted is the reports' nodule."""
-    schema = body["response_format"]["json_schema"]["schema"]
+    schema = body["response_format"].get("json_schema", body["response_format"])["schema"]
     return json.dumps(_filled(schema, schema.get("$defs", {}), body), ensure_ascii=False)
 
 

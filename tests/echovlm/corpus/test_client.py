@@ -130,7 +130,42 @@ def test_a_server_that_refuses_ends_the_run(model, ask, status):
 
 def test_no_server_at_all(model, ask):
     _, client = ask(base_url="http://127.0.0.1:9/v1", retries=0, concurrency=1)
-    assert "APIConnectionError" in client.failures[0] and client.stopped
+    assert client.failures[0] == "APIConnectionError: Connection error. All connection attempts failed"
+    assert client.stopped
+
+
+def test_a_form_that_the_server_refuses_is_named_and_another_can_be_sent(model, ask):
+    """What llama-cpp-python's server says, with the status that it gives."""
+    said = "1 validation error: {'loc': ('body', 'response_format', 'type'), 'msg': \"should be 'json_object'\"}"
+    model.behave = lambda body, asked: (
+        (500, SOON, said) if body["response_format"]["type"] == "json_schema" else "answer"
+    )
+    with pytest.raises(ServerError, match=r"HTTP 500.*give another response_format of json_schema, json_object"):
+        ask(concurrency=1, retries=1)
+    assert len(model.asked) == 2
+    replies, _ = ask(response_format="json_object")
+    assert all(reply.value for reply in replies)
+    assert model.bodies[-1]["response_format"] == {"type": "json_object", "schema": SCHEMA}
+    with pytest.raises(ServerError, match="response_format: got 'text', expected one of json_schema, json_object"):
+        model.server(response_format="text")
+
+
+TOO_LONG = [
+    "request (6009 tokens) exceeds the available context size (4096 tokens), try increasing it",  # llama-server
+    "This model's maximum context length is 4096 tokens. However, you requested 6214 tokens",  # llama-cpp-python
+]
+
+
+@pytest.mark.parametrize("said", TOO_LONG)
+def test_requests_too_long_for_the_model_do_not_keep_others_from_being_asked(model, ask, said):
+    """Six in a row, more than end a run at faults of the server; a resumed run would meet the same six first."""
+    model.behave = lambda body, asked: (400, {}, said) if body["seed"] < 60 else "answer"
+    for _ in range(2):
+        replies, client = ask(concurrency=1)
+        assert [reply.problem for reply in replies] == [UNANSWERED] * 6 + [""] * 6
+        assert not client.stopped and len(client.failures) == 6 and said[:60] in client.failures[0]
+    model.behave = lambda body, asked: (400, {}, "no such thing as a seed")
+    assert "5 requests in a row" in ask(concurrency=1)[1].stopped
 
 
 def test_the_budget_of_requests_holds_over_runs(model, ask):

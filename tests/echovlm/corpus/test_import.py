@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -246,16 +247,16 @@ def test_a_killed_import_goes_on(tmp_path: Path, export: Path, monkeypatch: pyte
     assert main([*arguments, str(tmp_path / "whole")]) == 0
     read, seen = dicom.read_file, []
 
-    def dies(path: Path, count: int) -> list:
+    def dies(path: Path, *how: Any) -> list:
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(path)
-        return read(path, count)
+        return read(path, *how)
 
     monkeypatch.setattr(dicom, "read_file", dies)
     with pytest.raises(KeyboardInterrupt):
         main([*arguments, str(tmp_path / "raw")])
-    monkeypatch.setattr(dicom, "read_file", lambda path, count: seen.append(path) or read(path, count))
+    monkeypatch.setattr(dicom, "read_file", lambda path, *how: seen.append(path) or read(path, *how))
     assert main([*arguments, str(tmp_path / "raw"), "--frames", "1"]) == 2, "not with other settings"
     assert main([*arguments, str(tmp_path / "raw")]) == 0 and len(seen) == 3, "no file read twice"
     assert outputs(tmp_path / "raw") == outputs(tmp_path / "whole")

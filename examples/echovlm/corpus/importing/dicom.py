@@ -1,30 +1,24 @@
 """A folder of DICOM: stills and cines by study, and the structured reports (SR) among them.
 
-Of a header, the code below reads identifiers, which leave as salted pseudonyms; the names of persons and
-institutions, to strike them out of the report; the body part, which leaves as an organ of ours; and the layout's
-numbers.
+Identifiers are read for three ends: salted pseudonyms, the pairing of images and reports, and to strike them out of the
+reports. All else comes from a header that has been cleaned of them: the organ, and the layout's numbers.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from examples.echovlm.corpus.importing.examination import Examination, File, Picture, Report, SourceError
+from examples.echovlm.corpus.importing.header import BODY_PART, KINDS, Identity, guarded, read_header
 from examples.echovlm.corpus.organs import organs_in
 from examples.echovlm.corpus.regions import regions_of
 from examples.echovlm.corpus.store import Layout
-from examples.echovlm.dicom import DicomError, _pydicom, frames_of, key_frames
-from moe_adapter.errors import MoEAdapterError
+from examples.echovlm.dicom import DicomError, frames_of, key_frames
 
-BODY_PART = ("BodyPartExamined", "StudyDescription", "SeriesDescription", "ProtocolName")
 FINDING, IMPRESSION = ("121070", "121071"), ("121072", "121073", "121076", "121077")  # codes of headings and texts
-KINDS = ("name", "institution", "id")
 
 
 @dataclass(frozen=True)
@@ -33,20 +27,22 @@ class _Stated:
 
     path: Path
     keys: tuple[str, ...]
-    patients: tuple[str, ...]
+    identity: Identity
     organs: tuple[str, ...]
-    words: dict[str, tuple[str, ...]]
 
 
-def read_dicom(root: Path) -> tuple[list[Examination], list[Report], dict[str, str]]:
-    """The examinations and reports of the DICOM files below `root`, and why a file is neither, by its name."""
+def read_dicom(root: Path, salt: bytes) -> tuple[list[Examination], list[Report], dict[str, str]]:
+    """The examinations and reports of the DICOM files below `root`, and why a file is neither, by its name.
+
+    `salt`: the secret that the headers' cleaning is seeded by.
+    """
     studies: dict[str, list[_Stated]] = {}
     reports: list[Report] = []
     left: dict[str, str] = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         name = path.relative_to(root).as_posix()
         try:
-            found = _read(path, name)
+            found = _read(path, name, salt)
         except SourceError as error:
             left[name] = str(error)
             continue
@@ -54,55 +50,31 @@ def read_dicom(root: Path) -> tuple[list[Examination], list[Report], dict[str, s
             reports.append(found)
         else:
             studies.setdefault(found.keys[0], []).append(found)
-    return [_examination(root, found) for found in studies.values()], reports, left
+    return [_examination(root, found, salt) for found in studies.values()], reports, left
 
 
-def read_file(path: Path, count: int) -> list[Picture]:
+def read_file(path: Path, count: int, salt: bytes) -> list[Picture]:
     """At most `count` key frames of a DICOM file with their layouts. Raises SourceError."""
-    with _guarded():
-        header = _header(path)
+    with guarded():
+        _, header = read_header(path, salt)
         layout = _layout(header)
-    try:
-        images = frames_of(path, count=count)
-    except DicomError:
-        raise SourceError("pixels cannot be decoded") from None
-    indices = key_frames(layout.frames, count)
-    return [Picture(image=image, layout=replace(layout, frame=i)) for i, image in zip(indices, images, strict=True)]
+        try:
+            images = frames_of(path, count=count)
+        except DicomError:
+            raise SourceError("pixels cannot be decoded") from None
+        frames = zip(key_frames(layout.frames, count), images, strict=True)
+        return [Picture(image=image, layout=replace(layout, frame=i)) for i, image in frames]
 
 
-def _read(path: Path, name: str) -> _Stated | Report:
-    with _guarded():
-        header = _header(path)
+def _read(path: Path, name: str, salt: bytes) -> _Stated | Report:
+    with guarded():
+        identity, header = read_header(path, salt)
         if "ContentSequence" in header:
-            return _report(header)
+            return _report(identity, header)
         if "Rows" in header and header.get("Modality") in ("US", "IVUS"):
-            return _stated(path, header, name)
+            study = identity.study or f"folder:{Path(name).parent.as_posix()}"
+            return _Stated(path, (study, *filter(None, [identity.accession])), identity, _organs(header))
     raise SourceError("not ultrasound")
-
-
-@contextmanager
-def _guarded() -> Iterator[None]:
-    """pydicom's warnings and errors quote the header, and its log repeats them: here nothing of that gets out."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except MoEAdapterError:
-        raise
-    except Exception:  # whatever it is, its message may hold a name
-        raise SourceError("header cannot be read") from None
-    finally:
-        logging.disable(before)
-
-
-def _header(path: Path) -> Any:
-    pydicom = _pydicom()
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=True)
-    except pydicom.errors.InvalidDicomError:
-        raise SourceError("not DICOM") from None
 
 
 def _layout(header: Any) -> Layout:
@@ -115,32 +87,21 @@ def _layout(header: Any) -> Layout:
     )
 
 
-def _stated(path: Path, header: Any, name: str) -> _Stated:
-    study = str(header.get("StudyInstanceUID") or f"folder:{Path(name).parent.as_posix()}")
-    return _Stated(
-        path=path,
-        keys=(study, *filter(None, [str(header.get("AccessionNumber") or "")])),
-        patients=tuple(filter(None, (str(header.get(name) or "") for name in ("PatientID", "PatientName")))),
-        organs=_organs(header),
-        words=_words(header),
-    )
-
-
-def _examination(root: Path, found: Sequence[_Stated]) -> Examination:
+def _examination(root: Path, found: Sequence[_Stated], salt: bytes) -> Examination:
     organs = {organ for stated in found for organ in stated.organs}
-    patients = [patient for stated in found for patient in stated.patients]
+    patients = [patient for stated in found for patient in stated.identity.patients]
     return Examination(
         keys=tuple(dict.fromkeys(key for stated in found for key in stated.keys)),
         patient=patients[0] if patients else found[0].keys[0],
-        files=tuple(_file(root, stated.path) for stated in found),
+        files=tuple(_file(root, stated.path, salt) for stated in found),
         source="dicom",
         organ=organs.pop() if len(organs) == 1 else "",
-        words={kind: tuple({word for stated in found for word in stated.words[kind]}) for kind in KINDS},
+        words={kind: tuple({word for stated in found for word in stated.identity.words[kind]}) for kind in KINDS},
     )
 
 
-def _file(root: Path, path: Path) -> File:
-    return File(name=path.relative_to(root).as_posix(), read=lambda count: read_file(path, count))
+def _file(root: Path, path: Path, salt: bytes) -> File:
+    return File(name=path.relative_to(root).as_posix(), read=lambda count: read_file(path, count, salt))
 
 
 def _organs(header: Any) -> tuple[str, ...]:
@@ -149,26 +110,7 @@ def _organs(header: Any) -> tuple[str, ...]:
     return organs_in(" ".join(map(str, texts)))
 
 
-def _words(header: Any) -> dict[str, tuple[str, ...]]:
-    """What identifies a person or a place in a header, sequences included, by kind."""
-    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
-
-    def note(_: Any, element: Any) -> None:
-        if element.VR in ("SQ", "OB", "OW", "UN"):
-            return
-        value = str(element.value or "")
-        if element.VR == "PN":
-            found["name"] += [value, *value.replace("=", "^").split("^")]
-        elif element.keyword.startswith(("Institution", "Issuer", "StationName")):
-            found["institution"].append(value)
-        elif element.keyword in ("PatientID", "OtherPatientIDs", "AccessionNumber", "StudyID", "PatientAddress"):
-            found["id"].append(value)
-
-    header.walk(note)
-    return {kind: tuple(dict.fromkeys(filter(None, map(str.strip, words)))) for kind, words in found.items()}
-
-
-def _report(header: Any) -> Report:
+def _report(identity: Identity, header: Any) -> Report:
     """A structured report's text under findings, and under impression or conclusion (TID 2000); the rest is left."""
     texts: dict[str, list[str]] = {"findings": [], "impression": []}
 
@@ -183,10 +125,9 @@ def _report(header: Any) -> Report:
                 texts[part or coded].append(str(item.get("TextValue") or "").strip())
 
     walk(header.ContentSequence, "")
-    keys = [str(header.get(name) or "") for name in ("StudyInstanceUID", "AccessionNumber")]
     return Report(
-        keys=tuple(filter(None, keys)),
+        keys=tuple(filter(None, (identity.study, identity.accession))),
         findings="\n".join(texts["findings"]),
         impression="\n".join(texts["impression"]),
-        words=_words(header),
+        words=identity.words,
     )

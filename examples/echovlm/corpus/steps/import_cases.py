@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> None:
     from examples.echovlm.corpus.importing import dicom, folders, open_sets, reports
     from examples.echovlm.corpus.importing.build import ImportSettings, build_cases
     from examples.echovlm.corpus.options import tell
+    from examples.echovlm.corpus.pseudonyms import read_salt
     from moe_adapter.errors import MoEAdapterError
 
     if not options.source.is_dir():
@@ -53,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
     told = reports.read_reports(options.reports, columns, encoding=options.encoding) if options.reports else []
     left: dict[str, str] = {}
     if options.kind == "dicom":
-        examinations, structured, left = dicom.read_dicom(options.source)
+        salt = read_salt(options.private, out=options.out)
+        examinations, structured, left = dicom.read_dicom(options.source, salt)
         told += structured
     elif options.kind == "folders":
         examinations, left = folders.read_folders(options.source)
