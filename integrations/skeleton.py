@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from moe_adapter.errors import MoEAdapterError
-from moe_adapter.integrations.peft import stage2_lora
 from moe_adapter.integrations.pretrained import auto_class
 
 
@@ -44,6 +42,10 @@ def _first_line(error: Exception) -> str:
 
 def add_stage2_lora(model: nn.Module, r: int) -> nn.Module:
     """The model with the paper's LoRA of stage II around it."""
+    from peft import get_peft_model
+
+    from moe_adapter.integrations.peft import stage2_lora
+
     return get_peft_model(model, stage2_lora(model, r=r))  # pyright: ignore
 
 

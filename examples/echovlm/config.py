@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,6 +78,15 @@ def _dual_path(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _check_json(file: Path) -> None:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"deepspeed: {file} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"deepspeed: {file} holds a {type(values).__name__}, expected a DeepSpeed config's object")
+
+
 @dataclass(frozen=True, kw_only=True, config=_FORBID_UNKNOWN)
 class TrainingConfig:
     """One training run of transformers' Trainer (AdamW)."""
@@ -118,6 +128,8 @@ class EngineConfig:
         known = self.deepspeed in (None, "zero2", "zero3")
         if not known and not Path(str(self.deepspeed)).is_file():
             raise ValueError(f"deepspeed: got {self.deepspeed!r}, expected zero2, zero3 or a DeepSpeed config's path")
+        if not known:
+            _check_json(Path(str(self.deepspeed)))
         if self.fsdp and self.deepspeed:
             raise ValueError(f"got deepspeed: {self.deepspeed} and fsdp: true, expected one engine; set one to null")
         if self.offload and not self.fsdp and self.deepspeed not in ("zero2", "zero3"):

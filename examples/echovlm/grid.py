@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from examples.echovlm import ranks
 from examples.echovlm.command_line import fail, load_recipe, processes
-from examples.echovlm.config import RecipeConfig, load_preset
+from examples.echovlm.config import BertScoreConfig, RecipeConfig, load_preset
 from examples.echovlm.phantom import CASES
 from moe_adapter import MoEAdapterError
 from moe_adapter.directory import replace_file
@@ -62,8 +62,12 @@ def read_arms(file: Path = ARMS, names: Iterable[str] | None = None) -> dict[str
     return {name: arms[name] for name in ordered if name in wanted}
 
 
-def configure(preset: str, arms: Mapping[str, Arm], bases: Mapping[str, Path]) -> dict[str, RecipeConfig]:
+def configure(
+    preset: str, arms: Mapping[str, Arm], bases: Mapping[str, Path], encoder: BertScoreConfig | None = None
+) -> dict[str, RecipeConfig]:
     """Each arm's preset: the one of all, with the changes of the arm whose base it starts from, and its own.
+
+    `encoder`: BERTScore's, where it is not the preset's.
 
     Raises: MoEAdapterError for a preset that cannot be used, or that makes no base where none is given.
     """
@@ -77,23 +81,34 @@ def configure(preset: str, arms: Mapping[str, Arm], bases: Mapping[str, Path]) -
         changes = [arms[arm.start].changes, arm.changes]
         if arm.start in bases:  # which has no sizes to change
             changes = [{key: value for key, value in some.items() if key != "base"} for some in changes]
+        if encoder:
+            changes.append({"evaluation": {"bertscore": dataclasses.asdict(encoder)}})
         configs[name] = load_preset(preset, *changes)
     return configs
 
 
 def run_grid(
-    preset: str, arms: Mapping[str, Arm], out: Path, *, cases_file: Path | None = None, bases: Mapping[str, Path]
+    preset: str,
+    arms: Mapping[str, Arm],
+    out: Path,
+    *,
+    cases_file: Path | None = None,
+    bases: Mapping[str, Path],
+    train_encoder: bool = False,
 ) -> Path:
     """Run the arms that are not done, each into its folder of `out`; returns the path of `grid.json`.
 
     `grid.json` holds for each arm its tables and changes, seconds, parameters by stage and what the run found.
-    `bases`: a checkpoint directory for an arm that would make its base.
+    `bases`: a checkpoint directory for an arm that would make its base. `train_encoder`: one for BERTScore.
 
     Raises: MoEAdapterError for a preset or a checkpoint that cannot be used, or an arm that was begun otherwise.
     """
     from examples.echovlm.recipe import run
+    from examples.echovlm.stand_in import stand_in
 
-    configs = configure(preset, arms, bases)
+    configure(preset, arms, bases)  # whether it can be, before anything is made
+    encoder = stand_in(out / "encoder", load_preset(preset).seed) if train_encoder else None
+    configs = configure(preset, arms, bases, encoder)
     first = next(iter(arms))
     for name, arm in arms.items():
         if name in (done := _read(out)) and done[name]["config"] == _plain(configs[name]):
@@ -157,7 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
         _check_out(options.out)
         load_recipe()
         with processes():
-            print(run_grid(options.preset, arms, options.out, cases_file=options.cases, bases=bases))
+            given = dict(cases_file=options.cases, bases=bases, train_encoder=options.stand_in)
+            print(run_grid(options.preset, arms, options.out, **given))
     except MoEAdapterError as error:
         return fail(error)
     return 0
@@ -170,6 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", help="names of arms, with commas between; all without it")
     parser.add_argument("--table", type=Path, default=ARMS, help="a file like arms.yaml")
     parser.add_argument("--cases", type=Path, help="your cases (docs/cases.md); phantoms are rendered without it")
+    parser.add_argument(
+        "--stand-in", action="store_true", help="BERTScore too, by a small encoder that is trained here: NOT COMPARABLE"
+    )
     parser.add_argument(
         "--base", action="append", default=[], metavar="ARM=DIR", help="checkpoint of an arm that would make its base"
     )

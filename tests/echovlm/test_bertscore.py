@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from examples.echovlm.bertscore import Scorer
 from examples.echovlm.config import BertScoreConfig
+from examples.echovlm.stand_in import stand_in
 from moe_adapter import MoEAdapterError
 
 ANSWERS = ["a cyst is seen in the left lobe", "圆形囊肿", "", "mm mm"]
@@ -50,10 +51,10 @@ def test_nothing_to_score_loads_nothing(encoder: Path) -> None:
 
 
 def test_another_encoder_is_marked_as_not_comparable(encoder: Path, tmp_path: Path) -> None:
-    stand_in = Scorer(BertScoreConfig(encoder=str(encoder), num_layers=2))
-    assert stand_in.name == "BERTScore (stand-in)" and "NOT COMPARABLE" in stand_in.description
+    unknown = Scorer(BertScoreConfig(encoder=str(encoder), num_layers=2))
+    assert unknown.name == "BERTScore (stand-in)" and "NOT COMPARABLE" in unknown.description
     for text in ("encoder mine", "layer 2 of 3", "no idf", "not rescaled", "bert-score 0.3"):
-        assert text in stand_in.description
+        assert text in unknown.description
     chosen = write_encoder(tmp_path / "bert-base-chinese", layers=9)  # bert-score's authors: its layer 8
     known = Scorer(BertScoreConfig(encoder=str(chosen)))
     assert (known.name, known.layer) == ("BERTScore", 8) and "COMPARABLE" not in known.description
@@ -74,3 +75,17 @@ def test_a_tokenizer_without_a_limit_is_refused(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(MoEAdapterError, match=r"a tokenizer without a limit .*; expected model_max_length"):
         Scorer(BertScoreConfig(encoder=str(folder), num_layers=2))
+
+
+def test_the_grids_own_stand_in_is_marked_and_made_once(tmp_path: Path) -> None:
+    config = stand_in(tmp_path / "encoder", seed=0, steps=25)
+    file = tmp_path / "encoder" / "model.safetensors"
+    weights = file.read_bytes()
+    assert stand_in(tmp_path / "encoder", seed=1, steps=1) == config and file.read_bytes() == weights
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+    scorer = Scorer(config)
+    assert scorer.name == "BERTScore (stand-in)" and "NOT COMPARABLE" in scorer.description
+    said, other = "A hypoechoic nodule of 12 mm is seen in the left lobe.", "Use the yield expression in a generator."
+    near, far = scorer([said] * 2, ["The left lobe shows a hypoechoic nodule of 11 mm.", other])
+    assert near > far
+    assert scorer(["甲状腺左叶见低回声结节。"], ["甲状腺左叶见低回声结节。"])[0] > 0.999

@@ -90,6 +90,7 @@ def test_a_base_of_the_users_takes_any_image_side(tmp_path: Path) -> None:
             "extends: paper\nengine: {deepspeed: zero9}",
             r"engine: deepspeed: got 'zero9', expected zero2, zero3 or a Deep",
         ),
+        (f"extends: paper\nengine: {{deepspeed: {__file__}}}", r"engine: deepspeed: .*test_config.py is no JSON: "),
         ("extends: paper\nengine: {fsdp: true}", r"engine: got deepspeed: zero2 and fsdp: true, expected one engine"),
         (
             "extends: tiny\nmethod: plain\nengine: {fsdp: true}",
