@@ -30,7 +30,7 @@ demo: install
 
 # All arms of the tables, half an hour on two cores, and the tables; called again it goes on with what is there.
 tables: install wordnet
-	$(BIN)/python -m examples.echovlm.grid --preset grid --stand-in --out runs/grid
+	$(BIN)/python -m examples.echovlm.grid --preset grid --stand-in --jobs 2 --out runs/grid
 	$(BIN)/python -m examples.echovlm.paper_tables runs/grid -o runs/grid/tables
 
 # Chromium for the tests of the report page, which skip without one.

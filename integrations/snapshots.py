@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback
 
-from moe_adapter import DualPathMoE
+from moe_adapter import DualPathMoE, MoEAdapterError
 from moe_adapter.analysis.reader import RoutingRecord
 from moe_adapter.analysis.record import record_routing
 from moe_adapter.analysis.routers import find_routers
@@ -51,8 +51,12 @@ class RoutingSnapshots(TrainerCallback):
     Args:
         trainer: any Trainer of a model that `record_routing` takes; the callback is then added to it.
         cases: ids of the evaluation set's rows, in the set's order, which is that of Trainer's evaluations; else they
-            are numbered. Of one evaluation set: several would need names for each.
+            are numbered. Of one evaluation set, a sequence in each row: several sets, or rows that TRL has packed,
+            would need names for each.
         groups: the group of each case id.
+
+    Raises, as a training begins:
+        MoEAdapterError: the evaluation set has another number of rows than there are ids.
     """
 
     def __init__(
@@ -70,6 +74,12 @@ class RoutingSnapshots(TrainerCallback):
         self._evaluation: _Evaluation | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rows = self._trainer.eval_dataset
+        if self._cases is not None and isinstance(rows, Sized) and len(rows) != len(self._cases):
+            raise MoEAdapterError(
+                f"got {len(self._cases)} case ids for an evaluation set of {len(rows)} rows; give one for each. "
+                "TRL may have packed them: SFTConfig(eval_packing=False) leaves rows as they are."
+            )
         later = [step for step, _ in snapshot_parts(self._folder) if step > state.global_step]
         if later and state.is_world_process_zero:
             warnings.warn(

@@ -131,7 +131,9 @@ class RoutingStatistics:
                 counts_E = routed_counts(calls)
                 more = (real_tokens(calls), layer_balance_loss(calls), 1)
                 more = [torch.as_tensor(value, dtype=counts_E.dtype, device=counts_E.device) for value in more]
-                self.sums[i] = self.sums.get(i, 0) + torch.cat([counts_E, torch.stack(more)])
+                total = torch.cat([counts_E, torch.stack(more)])
+                before = self.sums.get(i)
+                self.sums[i] = total if before is None else total + before.to(total.device)
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """The two numbers for a log line and all of them for a reporter, over all ranks; then it starts anew."""
@@ -161,8 +163,7 @@ class RoutingStatistics:
 
     def load(self, sums: dict[int, torch.Tensor], *, first: bool) -> None:
         """Go on from the sums of all ranks, which the first one keeps."""
-        devices = [layer.router.weight.device for layer in self.layers]
-        self.sums = {i: (total * first).to(devices[i]) for i, total in sums.items()}
+        self.sums = {i: total * first for i, total in sums.items()}
 
     def _warn_of_collapse(self, loads: dict[tuple[int, int], float]) -> None:
         """Once for each expert, until it has recovered."""

@@ -17,14 +17,17 @@ PADDING_ARGUMENTS = ("src_key_padding_mask", "tgt_key_padding_mask", "key_paddin
 
 
 def given_mask(arguments: Mapping[str, Any]) -> Any:
-    """The mask among the arguments of a stack's forward, for `token_mask`; None without one."""
+    """The mask among the arguments of a stack's forward, for `token_mask`; None without one.
+
+    Packed rows, told by position ids that start anew, have none: of them the tail is padding, if there is one.
+    """
     for name in MASK_ARGUMENTS:
         if arguments.get(name) is not None:
             return arguments[name]
     for name in PADDING_ARGUMENTS:
         if isinstance(padding := arguments.get(name), torch.Tensor):
             return padding == 0  # False, or 0.0 where the mask is additive
-    return None
+    return _without_tail(arguments.get("position_ids"))
 
 
 def token_mask(mask: Any, shape: tuple[int, ...]) -> torch.Tensor | None:
@@ -48,6 +51,19 @@ def token_mask(mask: Any, shape: tuple[int, ...]) -> torch.Tensor | None:
     if torch.Size(shape).numel() != keep_BS.sum():  # equal: the model has already taken the padding out
         _warn_once(tuple(mask.shape), shape)
     return None
+
+
+def _without_tail(positions: Any) -> torch.Tensor | None:
+    """(B, S) for packed rows' position ids: False where from there on to a row's end all are 0, which a collator puts
+    behind the last sequence to fill the row (TRL's `pad_to_multiple_of`). Of M-RoPE's four the text's count.
+    """
+    if not isinstance(positions, torch.Tensor):
+        return None
+    positions_BS = positions[0] if positions.dim() == 3 and len(positions) == 4 else positions
+    if positions_BS.dim() != 2 or positions_BS.shape[1] == 1:
+        return None
+    ahead_BS = positions_BS.flip(1).cumsum(1).flip(1)  # 0 in the tail
+    return (ahead_BS > 0) | (ahead_BS[:, :1] == 0)  # a row of nothing but 0 tells nothing
 
 
 def _last_columns(keep_BS: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:

@@ -101,8 +101,9 @@ def test_a_step_skipped_for_overflow_starts_anew(tmp_path):
     trainer = OrderedDualPath(model, TrainingArguments(str(tmp_path), **arguments), **take)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)
     steps = []
-    register_optimizer_step_post_hook(lambda *_: steps.append(len(seen)))
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(len(seen)))
     trainer.train()
+    hook.remove()
     assert steps == [4], "the first step was to be left out, the second made"
     for found, seeds in zip(seen, ([0], [0, 1], [2], [2, 3]), strict=True):
         torch.testing.assert_close(found.double(), expected_loss(twin, [seeds], seeds[-1]), rtol=1e-5, atol=0)

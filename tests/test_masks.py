@@ -123,6 +123,32 @@ def test_packed_sequences_told_by_their_position_ids_alone(attention):
     inject_dual_path_moe(model, expert_dim=8, shared_expert_dim=8)
     found = model.train()(input_ids=ids, position_ids=positions, labels=ids, use_cache=False)
     torch.testing.assert_close(found.logits, base)
-    assert all(layer.routing.calls[0].mask_T is None for layer in dual_path_layers(model).values())
+    assert all(layer.routing.calls[0].mask_T.all() for layer in dual_path_layers(model).values())
     found.loss.backward()
-    assert torch.isfinite(balance_loss(model))
+    whole = balance_loss(model)
+
+    tail = torch.zeros(1, 7, dtype=torch.long)  # as TRL's pad_to_multiple_of leaves it
+    longer = dict(input_ids=torch.cat([ids, tail], 1), position_ids=torch.cat([positions, tail], 1))
+    model(**longer, use_cache=False)
+    torch.testing.assert_close(balance_loss(model), whole)
+
+
+@pytest.mark.parametrize(
+    ("positions", "kept"),
+    [
+        (torch.tensor([[0, 1, 2, 0, 1, 0, 0]]), [[1, 1, 1, 1, 1, 0, 0]]),
+        (torch.tensor([[0, 1, 0, 0], [0, 1, 2, 3]]), [[1, 1, 0, 0], [1, 1, 1, 1]]),
+        (torch.tensor([[0, 0, 0, 1, 2]]), [[1, 1, 1, 1, 1]]),  # padding on the left, without a mask: not told
+        (torch.tensor([[0, 0, 0]]), [[1, 1, 1]]),
+        (torch.tensor([[5, 6, 7]]), [[1, 1, 1]]),
+        (torch.stack([torch.tensor([[0, 1, 0, 0]]), *[torch.zeros(1, 4, dtype=torch.long)] * 3]), [[1, 1, 0, 0]]),
+        (torch.zeros(3, 1, 4, dtype=torch.long), None),
+        (torch.tensor([[7]]), None),  # a step of decoding
+        (None, None),
+    ],
+)
+def test_the_tail_of_packed_rows(positions, kept):
+    found = given_mask({"position_ids": positions})
+    assert found is None if kept is None else found.int().tolist() == kept
+    mask = torch.ones(1, 4)
+    assert given_mask({"position_ids": positions, "attention_mask": mask}) is mask

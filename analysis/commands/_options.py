@@ -131,7 +131,7 @@ def add_resampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resamples", type=at_least(1), default=1000, help="of the bootstrap (default: 1000)")
     group.add_argument("--permutations", type=at_least(1), default=999, help="of the tests (default: 999)")
     group.add_argument("--level", type=float, default=0.95, help="of confidence intervals (default: 0.95)")
-    group.add_argument("--seed", type=at_least(0), default=0, help="of both (default: 0)")
+    group.add_argument("--seed", type=a_seed, default=0, help="of both (default: 0)")
 
 
 def resampling_of(options: argparse.Namespace) -> Resampling:
@@ -151,11 +151,18 @@ def at_least(least: int) -> Callable[[str], int]:
     """A number that argparse takes from `least` on."""
 
     def number(text: str) -> int:
-        if not text.removeprefix("-").isdigit() or not least <= int(text) < 2**64:  # as much as torch takes for a seed
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least {least}, of 64 bits")
+        if not text.removeprefix("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least {least}")
         return int(text)
 
     return number
+
+
+def a_seed(text: str) -> int:
+    """A number that argparse takes, and torch for a seed."""
+    if (seed := at_least(0)(text)) >= 2**64:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 64 bits")
+    return seed
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

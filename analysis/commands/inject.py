@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_adapter.analysis.commands import command
-from moe_adapter.analysis.commands._options import add_injection, add_placement, at_least, injection_of, loading
+from moe_adapter.analysis.commands._options import a_seed, add_injection, add_placement, injection_of, loading
 from moe_adapter.analysis.commands._output import as_json
 from moe_adapter.errors import MoEAdapterError
 
@@ -25,7 +25,7 @@ def add(subparsers: Any) -> None:
     add_injection(parser)
     group = parser.add_argument_group("model")
     add_placement(group)
-    group.add_argument("--seed", type=at_least(0), default=0, help="of the new parameters (default: 0)")
+    group.add_argument("--seed", type=a_seed, default=0, help="of the new parameters (default: 0)")
 
 
 def run(options: argparse.Namespace) -> None:

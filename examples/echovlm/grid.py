@@ -95,32 +95,44 @@ def run_grid(
     cases_file: Path | None = None,
     bases: Mapping[str, Path],
     train_encoder: bool = False,
+    jobs: int = 1,
 ) -> Path:
     """Run the arms that are not done, each into its folder of `out`; returns the path of `grid.json`.
 
     `grid.json` holds for each arm its tables and changes, seconds, parameters by stage and what the run found.
     `bases`: a checkpoint directory for an arm that would make its base. `train_encoder`: one for BERTScore.
+    `jobs`: how many arms run at once, each in a process of its own.
 
     Raises: MoEAdapterError for a preset or a checkpoint that cannot be used, or an arm that was begun otherwise.
     """
-    from examples.echovlm.recipe import run
+    from examples.echovlm.side_by_side import run_all
     from examples.echovlm.stand_in import stand_in
 
+    if jobs > 1 and ranks.count() > 1:
+        raise MoEAdapterError(f"--jobs: got {jobs} under a launcher, whose processes share each arm; expected 1")
     configure(preset, arms, bases)  # whether it can be, before anything is made
-    encoder = stand_in(out / "encoder", load_preset(preset).seed) if train_encoder else None
+    settings = load_preset(preset)
+    if train_encoder and settings.evaluation.bertscore:
+        raise MoEAdapterError(f"--stand-in: preset {preset!r} names an encoder; expected none, or leave the option out")
+    encoder = stand_in(out / "stand-in", settings.seed) if train_encoder else None
     configs = configure(preset, arms, bases, encoder)
-    first = next(iter(arms))
-    for name, arm in arms.items():
-        if name in (done := _read(out)) and done[name]["config"] == _plain(configs[name]):
-            print(f"\n==== {name}: done before, in {done[name]['seconds']:.0f} s", flush=True)
-            continue
-        print(f"\n==== {name}", flush=True)
+    first, kept = next(iter(arms)), _read(out)
+    done = [name for name in arms if name in kept and kept[name]["config"] == _plain(configs[name])]
+    for name in done:
+        print(f"\n==== {name}: done before, in {kept[name]['seconds']:.0f} s", flush=True)
+
+    def start(name: str) -> dict[str, Any]:
+        arm, log = arms[name], out / f"{name}.log" if jobs > 1 else None
+        print(f"\n==== {name}" + (f": see {log}" if log else ""), flush=True)
         made = None if name == arm.start else out / arm.start / "base"
         if configs[name].evaluation == configs[arm.start].evaluation:
             _share_evaluation(out / arm.start, out / name)
-        cases = None if name == first else out / first / "cases" / CASES
-        run(configs[name], cases_file=cases_file or cases, base=bases.get(arm.start, made), out=out / name)
-        _keep(out, name, arm, configs[name])
+        cases = cases_file or (None if name == first else out / first / "cases" / CASES)
+        return dict(config=configs[name], log=log, cases_file=cases, base=bases.get(arm.start, made), out=out / name)
+
+    needs = {name: {first, arm.start} - {name} for name, arm in arms.items()}
+    for name in run_all(needs, start, done, jobs):
+        _keep(out, name, arms[name], configs[name], order=list(arms))
     return out / GRID
 
 
@@ -141,8 +153,8 @@ def _read(out: Path) -> dict[str, Any]:
     return ranks.from_main(json.loads(file.read_text())["arms"] if ranks.is_main() and file.is_file() else {})
 
 
-def _keep(out: Path, name: str, arm: Arm, config: RecipeConfig) -> None:
-    """Add an arm to `grid.json`."""
+def _keep(out: Path, name: str, arm: Arm, config: RecipeConfig, order: list[str]) -> None:
+    """Add an arm to `grid.json`, in its place among the others."""
     done = _read(out)
     if ranks.is_main():
         results = json.loads((out / name / "results.json").read_text(encoding="utf-8"))
@@ -154,6 +166,7 @@ def _keep(out: Path, name: str, arm: Arm, config: RecipeConfig) -> None:
             "results": results,
             "config": _plain(config),
         }
+        done = {name: done[name] for name in dict.fromkeys([*order, *done]) if name in done}
         replace_file(out / GRID, json.dumps({"arms": done}, ensure_ascii=False, indent=1).encode())
     ranks.wait()
 
@@ -172,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check_out(options.out)
         load_recipe()
         with processes():
-            given = dict(cases_file=options.cases, bases=bases, train_encoder=options.stand_in)
+            given = dict(cases_file=options.cases, bases=bases, train_encoder=options.stand_in, jobs=options.jobs)
             print(run_grid(options.preset, arms, options.out, **given))
     except MoEAdapterError as error:
         return fail(error)
@@ -187,12 +200,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", type=Path, default=ARMS, help="a file like arms.yaml")
     parser.add_argument("--cases", type=Path, help="your cases (docs/cases.md); phantoms are rendered without it")
     parser.add_argument(
+        "--jobs", type=_jobs, default=1, metavar="N", help="arms at once, which share cores or GPU (default: 1)"
+    )
+    parser.add_argument(
         "--stand-in", action="store_true", help="BERTScore too, by a small encoder that is trained here: NOT COMPARABLE"
     )
     parser.add_argument(
         "--base", action="append", default=[], metavar="ARM=DIR", help="checkpoint of an arm that would make its base"
     )
     return parser
+
+
+def _jobs(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of arms, at least 1")
+    return int(text)
 
 
 def _base(text: str, arms: Mapping[str, Arm]) -> tuple[str, Path]:

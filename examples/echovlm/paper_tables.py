@@ -288,7 +288,7 @@ def _marked(scores: list[Score]) -> Iterator[Score]:
 def notes_of_all(grid: Grid) -> list[str]:
     """How the tables are to be read, what made them, and how each score is computed."""
     results, seconds = grid.arms[REFERENCE]["results"], sum(arm["seconds"] for arm in grid.arms.values())
-    made = f"{len(grid.arms)} arms, {seconds / 60:.0f} minutes in all; arms.yaml says what each one is."
+    made = f"{len(grid.arms)} arms, whose own times add up to {seconds / 60:.0f} minutes; arms.yaml says what they are."
     return [READING, made, *_implementations(results)]
 
 

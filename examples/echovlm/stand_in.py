@@ -36,7 +36,7 @@ def stand_in(folder: Path, seed: int, steps: int = STEPS) -> BertScoreConfig:
         _train(part, seed, steps)
         os.replace(part, folder)
     ranks.wait()
-    return BertScoreConfig(encoder=str(folder), num_layers=LAYER)
+    return BertScoreConfig(encoder=str(folder.resolve()), num_layers=LAYER)
 
 
 def _train(folder: Path, seed: int, steps: int) -> None:

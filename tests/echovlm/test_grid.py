@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 import pytest
 from echovlm.recipe_parts import PRESET
 
-from examples.echovlm import recipe
+from examples.echovlm import ranks, recipe, side_by_side, stand_in
 from examples.echovlm.config import load_preset
 from examples.echovlm.evaluation import Evaluator
 from examples.echovlm.grid import configure, main, read_arms
@@ -81,7 +84,8 @@ def test_a_killed_grid_goes_on_with_what_it_has(
     (tmp_path / "arms.yaml").write_text(ARMS)
     out = tmp_path / "grid"
     call = ["--preset", str(tmp_path / "preset.yaml"), "--table", str(tmp_path / "arms.yaml"), "--out", str(out)]
-    call += ["--arms", "plain"]
+    call += ["--arms", "plain", "--stand-in"]
+    monkeypatch.setattr(stand_in, "stand_in", partial(stand_in.stand_in, steps=2))
     evaluated, loaded = [], []
     once, load_base, write = Evaluator._once, recipe.load_base, recipe.write_results
     found = lambda self, name, part, find: once(self, name, part, lambda: evaluated.append(name) or find())  # noqa: E731
@@ -110,8 +114,14 @@ def test_a_killed_grid_goes_on_with_what_it_has(
     assert plain["tables"] == ["models", "experts"] and plain["changes"] == {"method": "plain"}
     assert 0 < plain["parameters"]["stage II"]["trainable"] < plain["parameters"]["stage II"]["total"]
     assert [scored["name"] for scored in plain["results"]["models"]][1:3] == ["base", "stage II"]
+    assert "NOT COMPARABLE" in plain["results"]["metrics"]["BERTScore (stand-in)"]
     assert plain["seconds"] > 0 and arms["qwen2-vl"]["parameters"] == {}
     assert plain["results"]["weights"] == [] and plain["results"]["general_loss_static_only"] is None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "count", lambda: 2)
+        assert main([*call, "--jobs", "2"]) == 2
+    assert "--jobs: got 2 under a launcher" in capsys.readouterr().err
 
     (tmp_path / "preset.yaml").write_text(PRESET + "seed: 7\n")
     assert main(call) == 2
@@ -124,3 +134,38 @@ def test_a_folder_that_is_no_grid_is_spared(tmp_path: Path, capsys: pytest.Captu
     assert "it holds something that is no grid" in capsys.readouterr().err
     assert main(["--preset", "grid", "--out", str(tmp_path / "new"), "--base", "dense=nowhere"]) == 2
     assert "expected ARM=DIR, an arm of qwen2-vl, llava-onevision" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_arms_at_once_are_those_of_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "preset.yaml").write_text(PRESET)
+    (tmp_path / "arms.yaml").write_text(ARMS)
+    call = ["--preset", str(tmp_path / "preset.yaml"), "--table", str(tmp_path / "arms.yaml")]
+    for jobs in ("1", "2"):
+        assert main([*call, "--out", str(tmp_path / jobs), "--jobs", jobs]) == 0
+    single, both = (json.loads((tmp_path / jobs / "grid.json").read_text())["arms"] for jobs in ("1", "2"))
+    assert list(single) == list(both) == ["qwen2-vl", "plain", "other"]
+    assert all(both[name]["config"] == arm["config"] for name, arm in single.items())
+    assert all(both[name]["parameters"] == arm["parameters"] for name, arm in single.items())
+    assert "stage II" in (tmp_path / "2" / "plain.log").read_text()
+    assert not (tmp_path / "1" / "plain.log").exists()
+
+
+class Gone(Executor):
+    """Workers of whom one has died."""
+
+    def submit(self, fn, /, *args, **kwargs) -> Future:
+        future: Future = Future()
+        future.set_exception(BrokenProcessPool("terminated abruptly"))
+        return future
+
+
+def test_arms_wait_for_what_they_start_from_and_a_dead_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(side_by_side, "run_arm", lambda name: None)
+    start = lambda name: started.append(name) or {"name": name}  # noqa: E731
+    needs = {"late": {"first", "base"}, "base": {"first"}, "first": set(), "done": set()}
+    assert list(side_by_side.run_all(needs, start, ["done"], 1)) == started == ["first", "base", "late"]
+    monkeypatch.setattr(side_by_side, "_processes", lambda jobs: Gone())
+    with pytest.raises(MoEAdapterError, match=r"first: its process, or one beside it, has died.*fewer --jobs"):
+        list(side_by_side.run_all(needs, start, [], 2))

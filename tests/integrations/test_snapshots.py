@@ -18,7 +18,7 @@ from reference import perturb, reference_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
 
-from moe_adapter import dual_path_layers, inject_dual_path_moe
+from moe_adapter import MoEAdapterError, dual_path_layers, inject_dual_path_moe
 from moe_adapter.analysis.record import RoutingRecord, record_routing
 from moe_adapter.analysis.saturation import saturation
 from moe_adapter.analysis.snapshots import open_snapshots
@@ -96,6 +96,13 @@ def test_training_goes_on_as_without_it(tmp_path, checkpointing):
     losses = [[entry["loss"] for entry in each.state.log_history if "loss" in entry] for each in (alone, watched)]
     assert losses[0] == losses[1] and hooks(watched.model) == hooks(alone.model)
     assert "generate" not in vars(watched.model) and watched.model.training == alone.model.training
+
+
+def test_ids_for_another_number_of_rows_are_refused_as_training_begins(tmp_path):
+    trainer = with_snapshots(make_trainer(tmp_path), tmp_path / "routing", cases=CASES[:3], groups=GROUPS)
+    with pytest.raises(MoEAdapterError, match="got 3 case ids for an evaluation set of 5 rows"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_snapshot_is_the_record_of_the_evaluation(tmp_path):
