@@ -86,15 +86,18 @@ def scrub(text: str) -> tuple[str, Counter[str]]:
 def strike_out(text: str, words: Mapping[str, Sequence[str]]) -> tuple[str, Counter[str]]:
     """The text without the given words, by kind, in either case and as whole words; how many of each kind.
 
+    "=" divides the scripts of a name, "^", "," and spaces its parts. They are found apart, and joined where the word is
+    not ASCII ("王小东" by "王^小东").
     Words of fewer than two characters, or three Latin ones, are left: they would strike out ordinary text.
     """
     counts: Counter[str] = Counter()
     for kind, known in words.items():
-        for word in sorted(set(known), key=len, reverse=True):
-            parts = [re.escape(part) for part in re.split(r"[\s^=,]+", word) if part]
-            if len(word) < 2 or (word.isascii() and len(word) < 3) or not parts:
+        for word in sorted({script for name in known for script in name.split("=")}, key=len, reverse=True):
+            parts = [re.escape(part) for part in re.split(r"[\s^,]+", word) if part]
+            joint, shortest = (r"[\s^,]+", 3) if word.isascii() else (r"[\s^,]*", 2)
+            if len(re.sub(r"[\s^,]", "", word)) < shortest:
                 continue
-            pattern = r"(?<![^\W_\u4e00-\u9fff])" + r"[\s^=,]+".join(parts) + r"(?![^\W_\u4e00-\u9fff])"
+            pattern = r"(?<![^\W_\u4e00-\u9fff])" + joint.join(parts) + r"(?![^\W_\u4e00-\u9fff])"
             text, struck = re.subn(pattern, f"[{kind}]", text, flags=re.IGNORECASE)
             counts[kind] += struck
     return text, +counts

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from PIL import Image, ImageDraw, ImageFont
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
@@ -14,6 +17,7 @@ from scipy import ndimage
 
 Box = tuple[int, int, int, int]
 NAME, INSTITUTION, DATE, NUMBER = "Zabriskie^Quentin", "Elsewhere Memorial Hospital", "19590417", "MRN4471182"
+CHINESE = ("ISO_IR 192", "ISO 2022 IR 58", "GB18030")  # character sets
 SECRETS = ("zabriskie", "quentin", "elsewhere", "19590417", "4471182", "okonkwo", "1959")
 
 
@@ -93,6 +97,27 @@ def write_structured_report(path: Path, texts: Mapping[str, str], study: str = "
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def recode(path: Path, charset: str) -> Path:
+    """The file with its texts in GB18030, or in ISO 2022 IR 58 with the escapes that pydicom does not write."""
+
+    def escape(_: Dataset, element: DataElement) -> None:
+        if element.VR in ("PN", "LO", "UT"):
+            coded = re.sub(r"[^\x00-\x7f]+", lambda run: f"\x1b$)A{run[0]}", str(element.value)).encode("gb2312")
+            element.value = coded.decode("latin-1")
+
+    dataset = pydicom.dcmread(path)
+    dataset.decode()
+    escaped = charset == "ISO 2022 IR 58"
+    dataset.SpecificCharacterSet = "ISO_IR 100" if escaped else charset
+    if escaped:
+        dataset.walk(escape)
+    dataset.save_as(path)
+    if escaped:
+        named = path.read_bytes().replace(b"CS\x0a\x00ISO_IR 100", b"CS\x10\x00\\ISO 2022 IR 58 ")
+        path.write_bytes(named)
     return path
 
 

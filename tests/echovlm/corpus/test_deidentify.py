@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from echovlm.corpus.screens import (
+    CHINESE,
     DATE,
     INSTITUTION,
     NAME,
     SECRETS,
     header,
+    recode,
     region,
     screen,
     write_dicom,
@@ -95,7 +97,7 @@ def test_from_dicom_to_a_corpus_nothing_gets_out(
         assert main(["import", "dicom", *source, "--out", raw]) == 0
         assert main(["deidentify", raw, "--out", clean]) == 0
     [case] = read_cases(Path(clean) / "cases.jsonl")
-    assert case.findings == "Cyst of the left breast, 14 mm, on [date] at [institution]. [name] [name]; Dr. [name]."
+    assert case.findings == "Cyst of the left breast, 14 mm, on [date] at [institution]. [name]; Dr. [name]."
     assert case.impression == "Tel: [telephone]"
     said = capfd.readouterr()
     texts = [said.out, said.err, caplog.text]
@@ -108,6 +110,34 @@ def test_from_dicom_to_a_corpus_nothing_gets_out(
     told = json.loads((Path(clean) / "manifest.json").read_text())
     assert told["masked"][f"frames whose header says {stated or 'unknown'}"] == 1
     assert told["masked"]["frames"] == 1 and told["scrubbed"] == {"date": 1, "telephone": 1}
+
+
+@pytest.mark.parametrize("charset", CHINESE)
+def test_a_chinese_name_in_parts_does_not_get_out_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, charset: str
+) -> None:
+    """By the header's words alone: nothing in the report announces the names or the institution."""
+    monkeypatch.setattr(deidentify, "find_text", lambda frame: [])
+    chinese = header("1")
+    chinese.PatientName, chinese.InstitutionName = "Wang^XiaoDong=王^小东", "北京远望门诊部"
+    chinese.OperatorsName, chinese.StudyDescription = "李^雷", "乳腺，王小东"
+    recode(write_dicom(tmp_path / "export" / "1.dcm", screen([SCAN]), chinese), charset)
+    texts = {
+        "121070": "王小东左侧乳腺见囊肿，李雷在北京远望门诊部复查。",
+        "121072": "XiaoDong Wang，WANG XIAODONG：囊肿。",
+    }
+    recode(write_structured_report(tmp_path / "export" / "2.dcm", texts, "1"), charset)
+    raw, clean = str(tmp_path / "raw"), str(tmp_path / "clean")
+    source = [str(tmp_path / "export"), "--private", str(tmp_path / "private")]
+    assert main(["import", "dicom", *source, "--out", raw]) == 0
+    assert main(["deidentify", raw, "--out", clean]) == 0
+    [case] = read_cases(Path(clean) / "cases.jsonl")
+    assert case.findings == "[name]左侧乳腺见囊肿，[name]在[institution]复查。" and case.organ == "breast"
+    assert case.impression == "[name]，[name]：囊肿。"
+    secrets = ("王", "小东", "李", "雷", "远望", "wang", "xiaodong", "\x1b", "u001b")
+    written = [path for folder in (raw, clean) for path in Path(folder).rglob("*.json*")]
+    said = "".join(path.read_text().lower() for path in written)
+    assert len(written) > 4 and "囊肿" in said and [secret for secret in secrets if secret in said] == []
 
 
 def test_questions_are_scrubbed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

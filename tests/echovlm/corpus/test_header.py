@@ -11,7 +11,18 @@ from pathlib import Path
 import pydicom
 import pytest
 from dicognito.anonymizer import Anonymizer
-from echovlm.corpus.screens import DATE, INSTITUTION, NAME, SECRETS, header, region, screen, write_dicom
+from echovlm.corpus.screens import (
+    CHINESE,
+    DATE,
+    INSTITUTION,
+    NAME,
+    SECRETS,
+    header,
+    recode,
+    region,
+    screen,
+    write_dicom,
+)
 from pydicom.data import get_testdata_files
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
@@ -26,7 +37,7 @@ from examples.echovlm.corpus.regions import regions_of
 from moe_adapter.errors import MoEAdapterError
 
 SALT = bytes(range(32))
-FREE_TEXT = ("StudyDescription", "PatientComments", "InstitutionAddress", "DeviceSerialNumber", "CodeMeaning")
+FREE_TEXT = ("StudyDescription", "PatientComments", "DeviceSerialNumber", "CodeMeaning")
 TEXTS = ("PN", "LO", "SH", "ST", "LT", "DA", "DT", "UI")
 REAL = [Path(name) for name in get_testdata_files()]
 pytestmark = pytest.mark.filterwarnings("ignore:Invalid value for VR DA")
@@ -89,9 +100,67 @@ def test_the_identity_is_the_header_s_own(file: Path) -> None:
     assert set(identity.words["id"]) == {"A1", "MRN4471182", "X4471182"}
 
 
+@pytest.mark.parametrize("charset", CHINESE)
+def test_words_are_the_same_in_every_character_set(file: Path, charset: str) -> None:
+    """pydicom leaves the escapes of ISO 2022 IR 58 in them."""
+    chinese = header()
+    chinese.PatientName, chinese.ReferringPhysicianName = "Wang^XiaoDong=王^小东", "Li^Na=李^娜"
+    chinese.PatientID, chinese.InstitutionName = "", "北京远望门诊部"
+    recode(write_dicom(file, screen(), chinese), charset)
+    assert (b"\x1b$)A" in file.read_bytes()) == (charset == "ISO 2022 IR 58")
+    with guarded():
+        identity, _ = read_header(file, SALT)
+    assert identity.patients == ("Wang^XiaoDong=王^小东",)
+    names = {"Wang^XiaoDong", "XiaoDong^Wang", "Wang", "XiaoDong", "王^小东", "小东", "Na^Li", "李^娜"}
+    assert names < set(identity.words["name"]) and "小东^王" not in identity.words["name"]
+    assert identity.words["institution"] == ("北京远望门诊部",)
+
+
+def test_chinese_under_a_wrong_character_set_is_known_too(file: Path) -> None:
+    wrong = header()
+    wrong.SpecificCharacterSet = "ISO_IR 100"
+    wrong.PatientName, wrong.InstitutionName, wrong.ReferringPhysicianName = (
+        name.encode(code).decode("latin-1")
+        for name, code in (("王^小东", "gb18030"), ("北京远望门诊部", "gb18030"), ("Müller^Zoë", "latin-1"))
+    )
+    write_dicom(file, screen(), wrong)
+    with guarded():
+        identity, _ = read_header(file, SALT)
+    assert {"王^小东", "小东", "Müller", "Zoë"} < set(identity.words["name"])
+    assert "北京远望门诊部" in identity.words["institution"]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "kind", "value"),
+    [
+        ("OperatorsName", "PN", ["Doe^J", ""]),
+        ("OperatorsName", "PN", ["", "Doe^J"]),
+        ("OperatorsName", "PN", ["Doe^J", "Roe^K"]),
+        ("StudyID", "IS", "4471182"),
+        ("AccessionNumber", "IS", "4471182"),
+        ("AccessionNumber", "DS", "4471182.5"),
+        ("PatientID", "LO", ["MRN4471182", "X4471182"]),
+        ("StationName", "SH", ["ELSEWHERE1", ""]),
+        ("FrameOfReferenceUID", "UI", ["1.2", "1.3"]),
+    ],
+)
+def test_what_dicognito_may_fail_on_goes_before(file: Path, keyword: str, kind: str, value: str | list[str]) -> None:
+    dataset = crafted()
+    dataset.add_new(keyword, kind, value)
+    write_dicom(file, screen(), dataset)
+    with guarded():
+        identity, found = read_header(file, SALT)
+    assert keyword not in found and found.Modality == "US" and leaks(found) == []
+    if keyword == "OperatorsName":
+        assert "Doe" in identity.words["name"], "of several values too"
+
+
 def test_dicognito_alone_takes_what_has_a_tag(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our whitelist switched off: left is the free text, and others in place of names, UIDs and numbers."""
     monkeypatch.setattr(module, "_remove_unread", lambda dataset, element: None)
+    dataset = crafted()
+    dataset.InstitutionName = INSTITUTION  # with a backslash it is removed before
+    write_dicom(file, screen(), dataset)
     original, found = pydicom.dcmread(file), cleaned(file)
     assert "PatientName" in found and "ReferencedPatientSequence" in found and not any(e.tag.is_private for e in found)
     uids = (original.StudyInstanceUID, original.SOPInstanceUID)

@@ -76,7 +76,7 @@ def test_dicom_studies_with_their_structured_reports(tmp_path: Path, export: Pat
     cases, told, _ = imported(tmp_path, "dicom", export, "--frames", 2, "--hospital", "h1")
     assert [len(case.images) for case in cases] == [3, 1]
     first, second = cases
-    assert first.findings == f"{FINDINGS} Seen by [name] at [institution] with [name] [name]."
+    assert first.findings == f"{FINDINGS} Seen by [name] at [institution] with [name]."
     assert first.impression == "Simple cyst." and "smoker" not in first.findings
     assert (second.findings, second.impression, second.language) == ("左侧乳腺见囊肿。", "囊肿。", "zh")
     assert first.patient == second.patient and first.id != second.id and first.split == second.split

@@ -75,3 +75,18 @@ def test_known_words_go_whatever_their_case_and_joints() -> None:
     text, counts = strike_out("ZABRISKIE, quentin; Quentin's liver, Zabriskies, Li; 张三，12 mm.", words)
     assert text == "[name]; [name]'s liver, Zabriskies, Li; [name]，12 mm."
     assert counts == {"name": 3}
+
+
+STRUCK = [
+    (("王^东", "王", "东"), "患者王东，王氏，东侧。", "患者[name]，王氏，东侧。"),
+    (("王^小东",), "王小东甲状腺；王 小东；小王。", "[name]甲状腺；[name]；小王。"),
+    (("Wang^Dong=王^东",), "王东，Wang Dong，WANG, DONG，Wangdong", "[name]，[name]，[name]，Wangdong"),
+    (("王^", "Li^", "^", "=", ""), "王, Li^ a = b", "王, Li^ a = b"),  # one character, or two Latin ones
+    (("Li^On", "Na^Li"), "A lion; Li On; Na Li.", "A lion; [name]; [name]."),
+    (("高^升", "高^升高"), "高升，血压升高，高升高。", "[name]，血压升高，[name]。"),
+]
+
+
+@pytest.mark.parametrize(("words", "text", "expected"), STRUCK)
+def test_chinese_parts_are_struck_out_joined_and_not_alone(words: tuple[str, ...], text: str, expected: str) -> None:
+    assert strike_out(text, {"name": words})[0] == expected

@@ -14,7 +14,7 @@ from examples.echovlm.cases import Case
 from examples.echovlm.corpus.importing.examination import Examination, Report, SourceError
 from examples.echovlm.corpus.manifest import MANIFEST, Manifest
 from examples.echovlm.corpus.organs import organs_in
-from examples.echovlm.corpus.pseudonyms import pseudonym, read_salt, split_of
+from examples.echovlm.corpus.pseudonyms import pseudonym, split_of
 from examples.echovlm.corpus.scrub import strike_out
 from examples.echovlm.corpus.store import FRAMES, Layout, check_settings, layout_of, new_folder, write_corpus
 from examples.echovlm.journal import Journal
@@ -51,15 +51,15 @@ def build_cases(
     *,
     out: Path,
     private: Path,
+    salt: bytes,
     settings: ImportSettings,
 ) -> Manifest:
     """Write the cases and key frames of the examinations into `out`, and in `private` which file each comes from.
 
     Where there is no report at all, every case is of split "show"; otherwise images without one are dropped.
-    `left`: the source's files that are of no use, and why. A run that was killed goes on.
-    Raises MoEAdapterError if `private` lies in `out`, or `out` holds something else.
+    `left`: the source's files that are of no use, and why. `salt`: that of `private`. A run that was killed goes on.
+    Raises MoEAdapterError if `out` holds something else.
     """
-    salt = read_salt(private, out=out)
     pairs, lone = pair(examinations, reports)
     manifest = Manifest(step="import", given=len(pairs) + len(lone), settings=asdict(settings))
     with _journal(out, private) as journal:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.echovlm.corpus.importing.examination import Examination, File, Picture, Report, SourceError
-from examples.echovlm.corpus.importing.header import BODY_PART, KINDS, Identity, guarded, read_header
+from examples.echovlm.corpus.importing.header import BODY_PART, KINDS, Identity, guarded, read_header, text_of
 from examples.echovlm.corpus.organs import organs_in
 from examples.echovlm.corpus.regions import regions_of
 from examples.echovlm.corpus.store import Layout
@@ -122,7 +122,7 @@ def _report(identity: Identity, header: Any) -> Report:
             if item.get("ValueType") == "CONTAINER":
                 walk(item.get("ContentSequence"), coded or part or "other")
             elif item.get("ValueType") == "TEXT" and (part or coded) in texts:
-                texts[part or coded].append(str(item.get("TextValue") or "").strip())
+                texts[part or coded].append(text_of(item.get("TextValue")).strip())
 
     walk(header.ContentSequence, "")
     return Report(

@@ -27,8 +27,9 @@ DESCRIPTIONS = (*BODY_PART, "CodeMeaning")
 REPORT = ("ContentSequence", "ConceptNameCodeSequence", "CodeValue", "ValueType", "TextValue")
 LAYOUT = ("Modality", "Rows", "NumberOfFrames", "BurnedInAnnotation", "SequenceOfUltrasoundRegions", *NUMBERS)
 READ = {*DESCRIPTIONS, "AnatomicRegionSequence", *REPORT, *LAYOUT}
-DATES, TEXTS = ("DA", "DT", "TM"), ("LO", "LT", "SH", "ST", "UC", "UN", "UT")
+DATES = ("DA", "DT", "TM")
 KINDS = ("name", "institution", "id")
+_ESCAPE = re.compile(r"\x1b(?:[ -/]{1,2}[0-~])?")  # of ISO 2022, as in "ESC $ ) A" for GB2312
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,14 @@ def guarded() -> Iterator[None]:
         logging.disable(before)
 
 
+def text_of(value: Any) -> str:
+    """A value without the escape sequences that pydicom leaves in some character sets' texts (ISO 2022 IR 58)."""
+    return _ESCAPE.sub("", str(value or ""))
+
+
 def _identity(header: Any) -> Identity:
     study, accession, *patients = (
-        str(header.get(name) or "") for name in ("StudyInstanceUID", "AccessionNumber", "PatientID", "PatientName")
+        text_of(header.get(name)) for name in ("StudyInstanceUID", "AccessionNumber", "PatientID", "PatientName")
     )
     return Identity(study, accession, tuple(filter(None, patients)), _words(header))
 
@@ -99,9 +105,10 @@ def _words(header: Any) -> dict[str, tuple[str, ...]]:
     def note(_: Any, element: Any) -> None:
         if element.VR in ("SQ", "OB", "OW", "UN"):
             return
-        values = [str(value or "") for value in (element.value if element.VM > 1 else [element.value])]
+        values = [text_of(value) for value in (element.value if element.VM > 1 else [element.value])]
+        values += filter(None, map(_read_as_latin, values))
         if element.VR == "PN":
-            found["name"] += [part for value in values for part in (value, *value.replace("=", "^").split("^"))]
+            found["name"] += [part for value in values for part in _parts(value)]
         elif element.keyword.startswith(("Institution", "Issuer", "StationName")):
             found["institution"] += values
         elif element.keyword in ("PatientID", "OtherPatientIDs", "AccessionNumber", "StudyID", "PatientAddress"):
@@ -111,10 +118,28 @@ def _words(header: Any) -> dict[str, tuple[str, ...]]:
     return {kind: tuple(dict.fromkeys(filter(None, map(str.strip, words)))) for kind, words in found.items()}
 
 
+def _read_as_latin(value: str) -> str:
+    """The Chinese (GB18030) that a header which names another character set has had read as Latin; "" of other text."""
+    try:
+        again = value.encode("latin-1").decode("gb18030")
+    except UnicodeError:
+        return ""
+    return again if re.search(r"[\u4e00-\u9fff]", again) else ""
+
+
+def _parts(name: str) -> Iterator[str]:
+    """A name in each of its scripts, as a whole and by components; in Latin also the given name first ("Na Li")."""
+    for group in name.split("="):
+        family, *others = group.split("^")
+        yield from (group, family, *others)
+        if others and group.isascii():
+            yield f"{others[0]}^{family}"
+
+
 def _remove_odd(dataset: Any, element: Any) -> None:
-    """What dicognito may fail on: private elements, a date that is none, an institution with a backslash."""
-    several = element.VR in TEXTS and element.keyword not in READ and not isinstance(element.value, str)
-    if several or element.tag.is_private or element.VR in DATES:
+    """What dicognito may fail on: private elements, a date that is none, several values, a number for an identifier."""
+    usual = isinstance(element.value, str) or (element.VR in ("PN", "SQ") and element.VM < 2)
+    if element.tag.is_private or element.VR in DATES or not (usual or element.keyword in READ):
         del dataset[element.tag]
 
 

@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> None:
     columns = dict(_column(entry) for entry in options.column)
     told = reports.read_reports(options.reports, columns, encoding=options.encoding) if options.reports else []
     left: dict[str, str] = {}
+    salt = read_salt(options.private, out=options.out)
     if options.kind == "dicom":
-        salt = read_salt(options.private, out=options.out)
         examinations, structured, left = dicom.read_dicom(options.source, salt)
         told += structured
     elif options.kind == "folders":
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         examinations = open_sets.read_open_set(options.kind, options.source)
     paths = dict(out=options.out, private=options.private)
-    tell(build_cases(examinations, told, left, **paths, settings=settings), options.out)
+    tell(build_cases(examinations, told, left, **paths, salt=salt, settings=settings), options.out)
 
 
 def _column(entry: str) -> tuple[str, str]:
