@@ -16,8 +16,17 @@ from moe_adapter.errors import MoEAdapterError
 
 FRAME_TOKENS = 4096  # reserved for a frame until the server has said what it cost
 FAILURES = 5  # requests in a row that the server leaves unanswered before it is left alone
+LONG = 100  # the same, of requests too long for the model, for each may be so by itself
 UNANSWERED, INVALID = "unanswered", "no valid answer"
 FORMS = ("json_schema", "json_object")  # OpenAI's, and llama-cpp-python's, with the schema in it
+TOO_LONG = (
+    "context_length_exceeded",  # OpenAI, llama-cpp-python
+    "maximum context length",  # the same, vLLM, SGLang
+    "exceed_context_size_error",  # llama-server
+    "exceeds the available context size",  # the same
+    "longer than the maximum model length",  # vLLM
+    "longer than the model's context length",  # SGLang
+)
 
 
 class ServerError(MoEAdapterError):
@@ -107,7 +116,10 @@ class Job(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What the journal holds for a job: `value` and who wrote it, or the `problem`. `next` is to be asked."""
+    """What the journal holds for a job: `value` or the `problem`, and who wrote the last answer to which request.
+
+    `next` is to be asked.
+    """
 
     value: Any = None
     model: str = ""
@@ -130,6 +142,7 @@ class Client:
     _requests: int = 0
     _tokens: int = 0
     _reserved: int = 0
+    _too_long: int = 0
 
     def __post_init__(self) -> None:
         self._requests = len(self.journal)
@@ -144,18 +157,19 @@ class Client:
 
     def reply(self, job: Job) -> Reply:
         """The first valid answer to a job in the journal, or what is wrong."""
-        detail = ""
+        written: dict[str, Any] = {}
         for attempt in range(self.server.attempts):
             request = job.request(attempt)
             key = request.key(self.server)
             record = self.journal.get(key)
             if record is None:
                 return Reply(problem=UNANSWERED, next=request)
+            written = {"model": record["model"], "key": key, "seed": request.seed}
             try:
-                return Reply(value=job.read(record["text"]), model=record["model"], key=key, seed=request.seed)
+                return Reply(value=job.read(record["text"]), **written)
             except BadAnswer as error:
-                detail = f"{error} (finish_reason: {record['finish']})"
-        return Reply(problem=INVALID, detail=detail)
+                written["detail"] = f"{error} (finish_reason: {record['finish']})"
+        return Reply(problem=INVALID, **written)
 
     async def _ask(self, jobs: Iterator[Job]) -> None:
         openai = _library()
@@ -176,29 +190,30 @@ class Client:
         need = self.server.max_tokens + _size(request)
         if not await self._reserve(need):
             return False
-        openai = _library()
+        openai, answered = _library(), False
         try:
             completion = await client.chat.completions.create(**request.body(self.server))
             record = _record(completion, need) | {"seed": request.seed, "messages": request.text()}
             self.journal.append(request.key(self.server), record)
             self._tokens += record["tokens"]
-            self._row = 0
+            self._row = self._too_long = 0
+            answered = True
             return True
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise ServerError(f"{self.server.base_url}: {_told(error)}; check the URL, the model, the key") from None
         except (openai.APIError, ValueError) as error:  # ValueError: a body that is no JSON
-            if "response_format" in str(error):  # llama-cpp-python's server says so with a 500
-                raise ServerError(
-                    f"{self.server.base_url}: {_told(error)}; give another response_format of {', '.join(FORMS)}"
-                ) from None
             self.failures.append(_told(error))
-            self._row += not _is_too_long(error)  # which is that one request's own fault
-            if self._row >= FAILURES:
-                self.stopped = f"{self._row} requests in a row were left unanswered"
+            if _is_too_long(error):
+                self._too_long += 1
+            else:
+                self._row += 1
+            if self._row >= FAILURES or self._too_long >= LONG:
+                self.stopped = f"{max(self._row, self._too_long)} requests in a row were left unanswered"
             return False
         finally:
             async with self._room:
                 self._reserved -= need
+                self._requests -= not answered
                 self._room.notify_all()
 
     async def _reserve(self, need: int) -> bool:
@@ -260,14 +275,21 @@ def _size(request: Request) -> int:
 
 
 def _is_too_long(error: Exception) -> bool:
-    """Whether a request exceeds the model's context, as OpenAI and both servers of llama.cpp say it."""
-    return getattr(error, "status_code", None) == 400 and "context" in str(error)
+    """Whether a request exceeds the model's context."""
+    return getattr(error, "status_code", None) == 400 and any(words in _whole(error) for words in TOO_LONG)
+
+
+def _whole(error: Exception) -> str:
+    """All that a server said; of a body with a message the library's text has that alone, of others nothing."""
+    return f"{error} {getattr(error, 'body', None) or ''}"
 
 
 def _told(error: Exception) -> str:
     status = getattr(error, "status_code", None)
-    said = f"HTTP {status}: {error}" if status else f"{type(error).__name__}: {error} {error.__cause__ or ''}"
-    return " ".join(said.split())[:200].rstrip(".")
+    words = _whole(error) if str(error) == f"Error code: {status}" else error
+    said = f"HTTP {status}: {words}" if status else f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+    hint = f" (response_format may be {' or '.join(FORMS)})" if "response_format" in _whole(error) else ""
+    return " ".join(said.split())[:200].rstrip(".") + hint
 
 
 def _library() -> Any:

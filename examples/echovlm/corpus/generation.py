@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from examples.echovlm.cases import Case, read_cases
 from examples.echovlm.corpus import grounding
-from examples.echovlm.corpus.client import BadAnswer, Client, Reply, Request, Server, ServerError, seed_of
+from examples.echovlm.corpus.client import INVALID, BadAnswer, Client, Reply, Request, Server, ServerError, seed_of
 from examples.echovlm.corpus.instances import (
     DIMENSIONS,
     INSTANCES,
@@ -179,11 +179,11 @@ def _instances(source: Source, reply: Reply) -> Iterator[tuple[str, Instance | N
     case = source.case
     for part in parts_of(case):
         id = f"{source.id}:{part}"
+        origin = {"model": reply.model, "template": source.template, "prompt": reply.key, "seed": reply.seed}
         if reply.problem:
-            yield id, None, reply.problem, {"detail": reply.detail} if reply.detail else {}
+            yield id, None, reply.problem, {"detail": reply.detail} | origin if reply.problem == INVALID else {}
             continue
         question, answer, fault = _pair(source, part, getattr(reply.value, field_of(part)))
-        origin = {"model": reply.model, "template": source.template, "prompt": reply.key, "seed": reply.seed}
         if fault:
             yield id, None, fault, origin
             continue

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from examples.echovlm.cases import Case, read_cases
-from examples.echovlm.corpus.client import Client, Request, Server, ServerError, seed_of
+from examples.echovlm.corpus.client import INVALID, Client, Request, Server, ServerError, seed_of
 from examples.echovlm.corpus.instances import INSTANCES, Instance, InstanceError, read_instances, write_instances
 from examples.echovlm.corpus.manifest import Manifest
 from examples.echovlm.corpus.prompts import Verdict, judge_messages, parse
@@ -79,11 +79,13 @@ def _judged(item: Instance, job: Judgement | None, client: Client, manifest: Man
         manifest.keep()
         return item
     reply = client.reply(job)
+    origin: dict[str, Any] = {"model": reply.model, "prompt": reply.key, "seed": reply.seed}
     if reply.problem:
-        manifest.drop(item.id, reply.problem)
+        why = {"judge": origin, "detail": reply.detail} if reply.problem == INVALID else {}
+        manifest.drop(item.id, reply.problem, **why)
         return None
     scores: dict[str, Any] = {name: getattr(reply.value, name) for name in CRITERIA}
-    verdict = scores | {"model": reply.model, "prompt": reply.key, "seed": reply.seed, "reason": reply.value.reason}
+    verdict = scores | origin | {"reason": reply.value.reason}
     if low := [name for name in CRITERIA if scores[name] < manifest.settings["threshold"]]:
         manifest.drop(item.id, f"low {low[0]}", judge=verdict)  # the first that failed it: one reason a drop
         return None

@@ -19,7 +19,7 @@ HELP = {
     "timeout": "seconds for an answer",
     "attempts": "at a valid answer, each with another seed",
     "response_format": "how the schema is sent: json_schema, or json_object to a server that does not know that",
-    "max_requests": "budget: requests, all runs of the step on this folder together",
+    "max_requests": "budget: answered requests, all runs of the step on this folder together",
     "max_total_tokens": "budget: tokens in and out, all runs of the step on this folder together",
 }
 OPTIONAL = {"max_requests": int, "max_total_tokens": int}

@@ -101,7 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
             if isinstance(action, tuple):
                 status, headers, *message = action
                 said = message[0] if message else f"status {status}"
-                self._send(status, json.dumps({"error": {"message": said}}), headers)
+                error = said if isinstance(said, dict) else {"message": said}
+                self._send(status, json.dumps({"error": error}), headers)
                 return
             content = answer_of(body) if action in ("answer", "cut") else action
             reply = content if action == "not a completion" else json.dumps(completion(body, content))

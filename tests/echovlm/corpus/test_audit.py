@@ -9,7 +9,7 @@ import pytest
 from echovlm.corpus.llm_server import answer_of, language_model, write_case_file
 
 from examples.echovlm.corpus.__main__ import main
-from examples.echovlm.corpus.audit import NOT_HERE, TEXT_LOST, told, trail
+from examples.echovlm.corpus.audit import NOT_HERE, NOT_NAMED, TEXT_LOST, told, trail
 from examples.echovlm.corpus.generation import ANSWERS, Choice, generate
 from examples.echovlm.corpus.instances import INSTANCES, InstanceError, read_instances
 from examples.echovlm.corpus.judging import VERDICTS, judge
@@ -90,6 +90,60 @@ def test_a_journal_without_texts_is_read_as_before(model, cases, tmp_path):
     known = trail([out], read_instances(out / INSTANCES)[0].id)
     answer = known["asked"]["generate"]
     assert "messages" not in answer and TEXT_LOST in told(known) and answer["text"] in told(known)
+
+
+def test_of_what_was_dropped_as_not_valid_the_last_attempt_is_shown(model, cases, tmp_path):
+    model.behave = lambda body, asked: f"no JSON by {body['seed']}"
+    generate(cases, tmp_path / "out", model.server())
+    drops = rows(tmp_path / "out" / DROPPED)
+    assert {drop["reason"] for drop in drops} == {"no valid answer"} and len(model.bodies) == 3 * 6
+    assert len({drop["prompt"] for drop in drops}) == 6
+    for drop in drops:
+        known, body = trail([tmp_path / "out"], drop["id"]), received(model, drop["seed"])
+        sources = [seed for seed in (b["seed"] for b in model.bodies if b["messages"] == body["messages"])]
+        assert known["asked"]["generate"]["messages"] == body["messages"] and sources[-1] == drop["seed"]
+        assert body["messages"][-1]["content"] in told(known)
+        assert told(known).endswith(f"what m-as-served answered\nno JSON by {drop['seed']}")
+    assert (drops[0]["model"], drops[0]["template"].split("/")[0]) == ("m-as-served", "liver")
+
+
+def test_of_what_was_dropped_without_a_verdict_the_judges_last_answer_is_shown(model, cases, tmp_path):
+    folders = [tmp_path / name for name in ("generated", "judged")]
+    generate(cases, folders[0], model.server(), Choice(kinds=("open",)))
+    model.behave = lambda body, asked: f"well, by {body['seed']}"
+    judge([folders[0] / INSTANCES], cases, folders[1], model.server(model="j", attempts=2))
+    drops = rows(folders[1] / DROPPED)
+    assert len(drops) == 3 * 7 and "Invalid JSON" in drops[0]["detail"]
+    for drop in drops:
+        known, seed = trail(folders, drop["id"]), drop["judge"]["seed"]
+        assert known["asked"]["judge"]["messages"] == received(model, seed)["messages"]
+        assert known["asked"]["generate"]["messages"] == received(model, known["seed"])["messages"]
+        assert told(known).endswith(f"what j-as-served answered\nwell, by {seed}")
+
+
+def test_a_drop_from_before_says_that_its_text_was_not_kept_until_the_step_is_run_again(model, cases, tmp_path):
+    folders = [tmp_path / name for name in ("generated", "judged")]
+    model.behave = lambda body, asked: "no JSON" if '"quote"' in answer_of(body) or body["model"] == "j" else "answer"
+
+    def both():
+        generate(cases, folders[0], model.server())
+        judge([folders[0] / INSTANCES], cases, folders[1], model.server(model="j"))
+
+    both()
+    files = [folder / name for folder in folders for name in (DROPPED, INSTANCES)]
+    before, asked = [file.read_bytes() for file in files], len(model.asked)
+    ids = {}
+    for folder, step in zip(folders, ("generate", "judge"), strict=True):
+        ids[step] = next(row["id"] for row in rows(folder / DROPPED) if row["reason"] == "no valid answer")
+        old = [{name: row[name] for name in ("id", "reason")} for row in rows(folder / DROPPED)]
+        (folder / DROPPED).write_text("".join(json.dumps(row) + "\n" for row in old))
+    for step, id in ids.items():
+        known = trail(folders, id)
+        assert f"--- {step}: what was sent is {NOT_NAMED}" in told(known) and known["asked"][step] is None
+    assert trail(folders, ids["judge"])["asked"]["generate"]["messages"]
+    both()
+    assert [file.read_bytes() for file in files] == before and len(model.asked) == asked
+    assert all("no JSON" in told(trail(folders, id)) for id in ids.values())
 
 
 def test_the_judges_text_and_what_experts_decided(model, cases, tmp_path, capsys):

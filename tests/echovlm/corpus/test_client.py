@@ -112,6 +112,12 @@ def test_what_is_no_completion_is_asked_again_by_the_next_run(model, ask):
     assert all(reply.value for reply in replies) and len(model.asked) == 4
 
 
+def test_what_a_server_says_is_told_whatever_its_form(model, ask):
+    model.behave = lambda body, asked: (422, {}, {"detail": [{"loc": ["body", "seed"], "msg": "no seed"}]})
+    _, client = ask(concurrency=1)
+    assert client.failures[0].startswith("HTTP 422") and "no seed" in client.failures[0]
+
+
 def test_a_server_that_answers_nothing_is_left_alone(model, ask):
     model.behave = lambda body, asked: (500, SOON)
     replies, client = ask(concurrency=1, retries=1)
@@ -140,9 +146,8 @@ def test_a_form_that_the_server_refuses_is_named_and_another_can_be_sent(model, 
     model.behave = lambda body, asked: (
         (500, SOON, said) if body["response_format"]["type"] == "json_schema" else "answer"
     )
-    with pytest.raises(ServerError, match=r"HTTP 500.*give another response_format of json_schema, json_object"):
-        ask(concurrency=1, retries=1)
-    assert len(model.asked) == 2
+    _, client = ask(concurrency=1, retries=0)
+    assert client.stopped and client.failures[-1].endswith("(response_format may be json_schema or json_object)")
     replies, _ = ask(response_format="json_object")
     assert all(reply.value for reply in replies)
     assert model.bodies[-1]["response_format"] == {"type": "json_object", "schema": SCHEMA}
@@ -150,22 +155,89 @@ def test_a_form_that_the_server_refuses_is_named_and_another_can_be_sent(model, 
         model.server(response_format="text")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"message": "not with this model", "param": "response_format"},
+        {"message": "This model does not support response_format"},
+        {"detail": [{"loc": ["body", "response_format", "type"], "msg": "Input should be 'text'"}]},  # FastAPI
+    ],
+)
+def test_other_servers_words_for_a_form_that_is_refused(model, ask, said):
+    model.behave = lambda body, asked: (422, {}, said)
+    _, client = ask(concurrency=1)
+    assert "response_format may be" in client.failures[0] and "5 requests in a row" in client.stopped
+
+
+def test_an_error_that_repeats_the_request_is_that_requests_alone(model, ask):
+    said = "Invalid request body: "
+    model.behave = lambda body, asked: (400, {}, said + json.dumps(body)) if body["seed"] == 0 else "answer"
+    replies, client = ask(concurrency=1, retries=0)
+    assert [reply.problem for reply in replies] == [UNANSWERED] + [""] * 11 and not client.stopped
+
+
 TOO_LONG = [
     "request (6009 tokens) exceeds the available context size (4096 tokens), try increasing it",  # llama-server
     "This model's maximum context length is 4096 tokens. However, you requested 6214 tokens",  # llama-cpp-python
 ]
+TOO_LONG_CODES = [
+    {"message": "Too many tokens", "code": "context_length_exceeded", "param": "messages"},  # OpenAI
+    {"message": "Too many tokens", "code": 400, "type": "exceed_context_size_error", "n_ctx": 4096},  # llama-server
+]
 
 
-@pytest.mark.parametrize("said", TOO_LONG)
+@pytest.mark.parametrize("said", TOO_LONG + TOO_LONG_CODES)
 def test_requests_too_long_for_the_model_do_not_keep_others_from_being_asked(model, ask, said):
     """Six in a row, more than end a run at faults of the server; a resumed run would meet the same six first."""
     model.behave = lambda body, asked: (400, {}, said) if body["seed"] < 60 else "answer"
     for _ in range(2):
         replies, client = ask(concurrency=1)
         assert [reply.problem for reply in replies] == [UNANSWERED] * 6 + [""] * 6
-        assert not client.stopped and len(client.failures) == 6 and said[:60] in client.failures[0]
-    model.behave = lambda body, asked: (400, {}, "no such thing as a seed")
+        assert not client.stopped and len(client.failures) == 6
+        assert (said if isinstance(said, str) else said["message"])[:60] in client.failures[0]
+    model.behave = lambda body, asked: (400, {}, "the context holds no such thing as a seed")
     assert "5 requests in a row" in ask(concurrency=1)[1].stopped
+
+
+@dataclass(frozen=True)
+class Text(Word):
+    """A job that sends so many words."""
+
+    length: int = 1
+
+    def request(self, attempt: int) -> Request:
+        messages = [{"role": "user", "content": "word " * self.length}]
+        return Request(messages=messages, schema=SCHEMA, seed=10 * self.number + attempt)
+
+
+def words_of(body):
+    return len(body["messages"][0]["content"].split())
+
+
+def test_where_a_hundred_are_too_long_in_a_row_no_more_is_asked(model, ask):
+    """As with a context that is smaller than any prompt, or than max_tokens."""
+    model.behave = lambda body, asked: (400, {}, TOO_LONG[1])
+    jobs = [Word(number) for number in range(200)]
+    for run in range(1, 3):
+        replies, client = ask(jobs, concurrency=1)
+        assert "100 requests in a row" in client.stopped and all(reply.problem == UNANSWERED for reply in replies)
+        assert len(model.asked) == 100 * run and TOO_LONG[1][:60] in client.failures[-1]
+    model.behave = lambda body, asked: "answer" if body["seed"] == 500 else (400, {}, TOO_LONG[0])
+    assert ask(jobs[:120], concurrency=1)[0][50].value, "an answer among them shows that others may fit"
+    assert not ask(jobs[:90], concurrency=1)[1].stopped
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_many_long_ones_in_front_do_not_keep_the_short_from_being_asked(model, ask, concurrency):
+    """Twenty that are too long, and behind them five that are not; resumed, there are the twenty alone."""
+    model.behave = lambda body, asked: (400, {}, TOO_LONG[0]) if words_of(body) > 100 else "answer"
+    jobs = [Text(number, length=101 + number) for number in range(20)]
+    jobs += [Text(20 + number, length=91 + number) for number in range(5)]
+    replies, client = ask(jobs, concurrency=concurrency)
+    assert [bool(reply.value) for reply in replies] == [False] * 20 + [True] * 5
+    assert not client.stopped and len(client.failures) == 20 and len(model.asked) == 25
+    again, client = ask(jobs, concurrency=concurrency)
+    assert again == replies and not client.stopped and len(model.asked) == 45
 
 
 def test_the_budget_of_requests_holds_over_runs(model, ask):
@@ -176,6 +248,24 @@ def test_the_budget_of_requests_holds_over_runs(model, ask):
     assert len(model.asked) == 5
     replies, client = ask(max_requests=12)
     assert all(reply.value for reply in replies) and not client.stopped and len(model.asked) == 12
+
+
+@pytest.mark.parametrize("fault", [(400, {}, TOO_LONG[0]), (500, {}), "not a completion"])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_what_is_not_answered_is_not_in_the_budget_of_requests(model, ask, fault, concurrency):
+    """Four that fail among others: a run with a budget of six answers six all the same, and another six more."""
+    model.behave = lambda body, asked: fault if body["seed"] in (0, 20, 40, 60) else "answer"
+    words = [Word(number) for number in range(24)]
+    for run in range(1, 3):
+        replies, client = ask(words, max_requests=6 * run, concurrency=concurrency, retries=0)
+        assert sum(bool(reply.value) for reply in replies) == 6 * run
+        assert client.stopped == "the budget is spent"
+
+
+def test_a_run_advances_where_what_fails_comes_first(model, ask):
+    model.behave = lambda body, asked: (400, {}, TOO_LONG[0]) if body["seed"] < 60 else "answer"
+    replies, client = ask(max_requests=6, concurrency=1)
+    assert sum(bool(reply.value) for reply in replies) == 6 and len(model.asked) == 12 and not client.stopped
 
 
 def test_the_budget_of_tokens_is_never_passed(model, ask):

@@ -248,6 +248,18 @@ def test_a_failing_server_is_told_and_what_it_answered_is_kept(model, tmp_path):
     assert generate(cases, tmp_path / "out", model.server(), OPEN).kept == 14
 
 
+def test_a_context_too_small_for_every_prompt_ends_the_command_with_the_servers_words(model, tmp_path, capsys):
+    said = "request (1009 tokens) exceeds the available context size (512 tokens), try increasing it"
+    model.behave = lambda body, asked: (400, {}, said)
+    cases = write_case_file(tmp_path / "c", list(ORGANS) * 3)
+    command = ["generate", str(cases), "--out", str(tmp_path / "out"), "--base-url", model.server().base_url]
+    for run in range(1, 3):
+        assert main([*command, "--model", "m", "--concurrency", "1"]) == 2
+        assert said in capsys.readouterr().err and len(model.asked) == 42 * run
+    model.behave = lambda body, asked: "answer"
+    assert main([*command, "--model", "m"]) == 0 and len(model.asked) == 84 + 42
+
+
 def test_killed_and_resumed_nothing_answered_is_asked_twice(model, tmp_path, capsys):
     """kill -9 with answers on the disk and others on the way; then the same command, to the end."""
     cases, out = write_case_file(tmp_path / "c", list(ORGANS) * 2), tmp_path / "out"
