@@ -78,7 +78,7 @@ def test_a_tokenizer_without_a_limit_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_grids_own_stand_in_is_marked_and_made_once(tmp_path: Path) -> None:
-    config = stand_in(tmp_path / "encoder", seed=0, steps=25)
+    config = stand_in(tmp_path / "encoder", seed=0, steps=10)
     file = tmp_path / "encoder" / "model.safetensors"
     weights = file.read_bytes()
     assert stand_in(tmp_path / "encoder", seed=1, steps=1) == config and file.read_bytes() == weights

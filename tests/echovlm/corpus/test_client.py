@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 from echovlm.corpus.llm_server import TOKENS, language_model
 
+from examples.echovlm.corpus import client as client_module
 from examples.echovlm.corpus.client import INVALID, UNANSWERED, BadAnswer, Client, Request, ServerError
 from examples.echovlm.journal import Journal, JournalError
 
@@ -214,17 +215,18 @@ def words_of(body):
     return len(body["messages"][0]["content"].split())
 
 
-def test_where_a_hundred_are_too_long_in_a_row_no_more_is_asked(model, ask):
+def test_where_many_in_a_row_are_too_long_no_more_is_asked(model, ask, monkeypatch):
     """As with a context that is smaller than any prompt, or than max_tokens."""
+    monkeypatch.setattr(client_module, "LONG", 20)
     model.behave = lambda body, asked: (400, {}, TOO_LONG[1])
-    jobs = [Word(number) for number in range(200)]
+    jobs = [Word(number) for number in range(40)]
     for run in range(1, 3):
         replies, client = ask(jobs, concurrency=1)
-        assert "100 requests in a row" in client.stopped and all(reply.problem == UNANSWERED for reply in replies)
-        assert len(model.asked) == 100 * run and TOO_LONG[1][:60] in client.failures[-1]
-    model.behave = lambda body, asked: "answer" if body["seed"] == 500 else (400, {}, TOO_LONG[0])
-    assert ask(jobs[:120], concurrency=1)[0][50].value, "an answer among them shows that others may fit"
-    assert not ask(jobs[:90], concurrency=1)[1].stopped
+        assert "20 requests in a row" in client.stopped and all(reply.problem == UNANSWERED for reply in replies)
+        assert len(model.asked) == 20 * run and TOO_LONG[1][:60] in client.failures[-1]
+    model.behave = lambda body, asked: "answer" if body["seed"] == 150 else (400, {}, TOO_LONG[0])
+    replies, client = ask(jobs[:35], concurrency=1)
+    assert replies[15].value and not client.stopped, "an answer among them shows that others may fit"
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
