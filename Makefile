@@ -28,7 +28,7 @@ demo: install
 	rm -rf runs/tiny
 	$(BIN)/python -m examples.echovlm --preset tiny --out runs/tiny
 
-# All arms of the tables, half an hour on two cores, and the tables; called again it goes on with what is there.
+# All arms of the tables, some 25 minutes on two cores, and the tables; called again it goes on with what is there.
 tables: install wordnet
 	$(BIN)/python -m examples.echovlm.grid --preset grid --stand-in --jobs 2 --out runs/grid
 	$(BIN)/python -m examples.echovlm.paper_tables runs/grid -o runs/grid/tables

@@ -44,12 +44,12 @@ def _starts(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
     """(B, S): True where a sequence starts; of a row without news of that, at its first column."""
     starts_BS = np.zeros(shape, bool)
     if _fits(index := inputs.get("seq_idx"), shape):
-        starts_BS[:, 1:] = np.diff(_numpy(index)) != 0
+        starts_BS[:, 1:] = np.diff(to_numpy(index)) != 0
     elif isinstance(ends := inputs.get("cu_seq_lens_q"), torch.Tensor):  # over the flattened batch
-        first = _numpy(ends)
+        first = to_numpy(ends)
         starts_BS.reshape(-1)[first[first < starts_BS.size]] = True
     elif _fits(positions := _text_positions(inputs.get("position_ids")), shape):
-        starts_BS[:, 1:] = np.diff(_numpy(positions)) != 1
+        starts_BS[:, 1:] = np.diff(to_numpy(positions)) != 1
     starts_BS[:, :1] = True
     return starts_BS
 
@@ -74,5 +74,6 @@ def _padding(starts_BS: np.ndarray, ids_BS: np.ndarray, pad_id: int | None) -> n
     return np.logical_or.accumulate(starts_BS & blank_BS, axis=1)
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Its values on the host."""
     return tensor.detach().cpu().numpy()

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
-from moe_adapter.analysis.packing import packed_rows
+from moe_adapter.analysis.packing import packed_rows, to_numpy
 from moe_adapter.analysis.schema import GENERATED, IMAGE, PROMPT, VIDEO
 from moe_adapter.errors import MoEAdapterError
 from moe_adapter.masks import token_mask
@@ -77,7 +77,7 @@ def describe_tokens(
 ) -> TokenFacts:
     """The facts of each token of a forward; moves its Generation on."""
     ids = forward.inputs.get("input_ids")
-    ids_BS = np.full(forward.shape, -1) if ids is None else _numpy(ids)
+    ids_BS = np.full(forward.shape, -1) if ids is None else to_numpy(ids)
     real_BS, sequence_BS, position_BS = _sequences(forward, ids_BS, pad_id)
     modality_BS = _modality(forward, ids_BS, image_id, video_id)
     generation = forward.generation
@@ -104,10 +104,6 @@ def _columns(forward: Forward) -> np.ndarray:
     return forward.past + np.arange(forward.shape[1])
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()
-
-
 def _sequences(forward: Forward, ids_BS: np.ndarray, pad_id: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(real, number of its sequence, position in it), (B, S) each."""
     if forward.generation is None and (packed := packed_rows(forward.inputs, ids_BS, pad_id)):
@@ -123,10 +119,10 @@ def _real_tokens(forward: Forward) -> tuple[np.ndarray, np.ndarray]:
     if not is_padding_mask(mask) and forward.generation and forward.generation.prompt_mask is not None:
         mask = _grown(forward.generation.prompt_mask, forward)  # a static cache: the model is given a 4-D mask
     if is_padding_mask(mask):
-        mask_BS = _numpy(mask) != 0
+        mask_BS = to_numpy(mask) != 0
         return mask_BS[:, -columns:], (mask_BS.cumsum(axis=1) - 1)[:, -columns:]
     real_T = token_mask(mask, forward.shape)
-    real_BS = np.ones(forward.shape, bool) if real_T is None else _numpy(real_T).reshape(forward.shape)
+    real_BS = np.ones(forward.shape, bool) if real_T is None else to_numpy(real_T).reshape(forward.shape)
     return real_BS, forward.past + real_BS.cumsum(axis=1) - 1
 
 
@@ -141,7 +137,7 @@ def _modality(forward: Forward, ids_BS: np.ndarray, image_id: int | None, video_
     """From mm_token_type_ids where the model gets them (of the sequence so far, or of these columns), else from ids."""
     columns = forward.shape[1]
     if (types := forward.inputs.get("mm_token_type_ids")) is not None:
-        types_BS = _numpy(types)
+        types_BS = to_numpy(types)
         start = forward.past if types_BS.shape[1] > columns else 0
         types_BS = types_BS[:, start : start + columns]
         return np.pad(types_BS, ((0, 0), (0, columns - types_BS.shape[1]))).astype(np.int32)

@@ -27,7 +27,7 @@ def given_mask(arguments: Mapping[str, Any]) -> Any:
     for name in PADDING_ARGUMENTS:
         if isinstance(padding := arguments.get(name), torch.Tensor):
             return padding == 0  # False, or 0.0 where the mask is additive
-    return _without_tail(arguments.get("position_ids"))
+    return _without_tail(arguments)
 
 
 def token_mask(mask: Any, shape: tuple[int, ...]) -> torch.Tensor | None:
@@ -53,17 +53,26 @@ def token_mask(mask: Any, shape: tuple[int, ...]) -> torch.Tensor | None:
     return None
 
 
-def _without_tail(positions: Any) -> torch.Tensor | None:
-    """(B, S) for packed rows' position ids: False where from there on to a row's end all are 0, which a collator puts
-    behind the last sequence to fill the row (TRL's `pad_to_multiple_of`). Of M-RoPE's four the text's count.
+def _without_tail(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """(B, S) for packed rows: False where the position ids are 0 from there on to a row's end, which a collator puts
+    behind the last sequence to fill the row (TRL's `pad_to_multiple_of`). Of M-RoPE's four the text's count. None
+    without position ids of each token's own, and in a step of decoding.
     """
-    if not isinstance(positions, torch.Tensor):
+    positions_BS, shape = arguments.get("position_ids"), _given_shape(arguments)
+    if not isinstance(positions_BS, torch.Tensor) or shape is None or shape[1] == 1:
         return None
-    positions_BS = positions[0] if positions.dim() == 3 and len(positions) == 4 else positions
-    if positions_BS.dim() != 2 or positions_BS.shape[1] == 1:
+    if positions_BS.dim() == 3 and len(positions_BS) == 4:
+        positions_BS = positions_BS[0]
+    if positions_BS.shape != shape:
         return None
     ahead_BS = positions_BS.flip(1).cumsum(1).flip(1)  # 0 in the tail
     return (ahead_BS > 0) | (ahead_BS[:, :1] == 0)  # a row of nothing but 0 tells nothing
+
+
+def _given_shape(arguments: Mapping[str, Any]) -> torch.Size | None:
+    """(B, S) of what a stack is given."""
+    given = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((tensor.shape[:2] for tensor in given if isinstance(tensor, torch.Tensor) and tensor.dim() > 1), None)
 
 
 def _last_columns(keep_BS: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:

@@ -134,21 +134,25 @@ def test_packed_sequences_told_by_their_position_ids_alone(attention):
 
 
 @pytest.mark.parametrize(
-    ("positions", "kept"),
+    ("positions", "rows", "kept"),
     [
-        (torch.tensor([[0, 1, 2, 0, 1, 0, 0]]), [[1, 1, 1, 1, 1, 0, 0]]),
-        (torch.tensor([[0, 1, 0, 0], [0, 1, 2, 3]]), [[1, 1, 0, 0], [1, 1, 1, 1]]),
-        (torch.tensor([[0, 0, 0, 1, 2]]), [[1, 1, 1, 1, 1]]),  # padding on the left, without a mask: not told
-        (torch.tensor([[0, 0, 0]]), [[1, 1, 1]]),
-        (torch.tensor([[5, 6, 7]]), [[1, 1, 1]]),
-        (torch.stack([torch.tensor([[0, 1, 0, 0]]), *[torch.zeros(1, 4, dtype=torch.long)] * 3]), [[1, 1, 0, 0]]),
-        (torch.zeros(3, 1, 4, dtype=torch.long), None),
-        (torch.tensor([[7]]), None),  # a step of decoding
-        (None, None),
+        (torch.tensor([[0, 1, 2, 0, 1, 0, 0]]), 1, [[1, 1, 1, 1, 1, 0, 0]]),
+        (torch.tensor([[0, 1, 0, 0], [0, 1, 2, 3]]), 2, [[1, 1, 0, 0], [1, 1, 1, 1]]),
+        (torch.tensor([[0, 0, 0, 1, 2]]), 1, [[1, 1, 1, 1, 1]]),  # padding on the left, without a mask: not told
+        (torch.tensor([[0, 0, 0]]), 1, [[1, 1, 1]]),
+        (torch.tensor([[5, 6, 7]]), 1, [[1, 1, 1]]),
+        (torch.stack([torch.tensor([[0, 1, 0, 0]]), *[torch.zeros(1, 4, dtype=torch.long)] * 3]), 1, [[1, 1, 0, 0]]),
+        (torch.zeros(3, 1, 4, dtype=torch.long), 1, None),
+        (torch.tensor([[0, 1, 2]]), 2, None),  # one row of positions for all rows: nothing is packed
+        (torch.tensor([[7]]), 1, None),  # a step of decoding
+        (None, 1, None),
     ],
 )
-def test_the_tail_of_packed_rows(positions, kept):
-    found = given_mask({"position_ids": positions})
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds"])
+def test_the_tail_of_packed_rows(positions, rows, kept, name):
+    columns = 4 if positions is None else positions.shape[-1]
+    arguments = {name: torch.ones(rows, columns, *[8] * (name == "inputs_embeds")), "position_ids": positions}
+    found = given_mask(arguments)
     assert found is None if kept is None else found.int().tolist() == kept
     mask = torch.ones(1, 4)
-    assert given_mask({"position_ids": positions, "attention_mask": mask}) is mask
+    assert given_mask({**arguments, "attention_mask": mask}) is mask
